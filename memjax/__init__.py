@@ -1,0 +1,3 @@
+"""memjax: transformers with memory in JAX and Flax."""
+
+__version__ = '0.1.0'

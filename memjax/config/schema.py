@@ -1,0 +1,234 @@
+"""The configuration of a run as frozen dataclasses. Never None: 0, '' or () is off or automatic."""
+from memjax.config.errors import ConfigError
+from memjax.config.mixers import MIXERS, AttentionConfig
+from memjax.config.options import config, option
+
+GATE = ':gate'
+
+
+def wiring(name: str) -> tuple[tuple[str, ...], bool]:
+  """('swa', 'mem'), True for 'swa+mem:gate': the mixers of one layer and whether a learned gate mixes them."""
+  gated = name.endswith(GATE)
+  return tuple(name.removesuffix(GATE).split('+')), gated
+
+
+@config
+class BlockConfig:
+  """The residual block around a mixer."""
+  norm: str = option('rmsnorm', 'normalisation', choices=('rmsnorm', 'layernorm'))
+  placement: str = option('pre', 'norm before the mixer (pre) or after the residual (post)', choices=('pre', 'post'))
+  activation: str = option('swiglu', 'feed-forward network', choices=('swiglu', 'gelu'))
+  bias: bool = option(False, 'biases in the feed-forward network')
+  norm_epsilon: float = option(1e-6, 'inside the square root of the norms', low=1e-12)
+  dropout: float = option(0.0, 'of embeddings and of residual branches', low=0.0, high=0.999)
+
+
+@config
+class EmbeddingConfig:
+  """Token and position embeddings, and the output head."""
+  tie: bool = option(True, 'the output head is the token table')
+  position: str = option('', 'learned absolute positions', choices=('', 'learned'))
+  max_position: int = option(0, 'rows of the learned position table', low=0)
+  std: float = option(0.02, 'standard deviation of the tables at initialisation', low=0.0)
+
+  def __post_init__(self):
+    if (self.position == 'learned') != (self.max_position > 0):
+      raise ConfigError("max_position > 0 goes with position='learned', and only with it")
+
+
+@config
+class ModelConfig:
+  """A decoder: named mixers in a pattern that repeats."""
+  width: int = option(256, 'D, channels of the residual stream', low=1)
+  hidden: int = option(0, 'F, channels of the feed-forward network; 0 = automatic, -1 = no such network', low=-1)
+  vocabulary: int = option(0, 'A, tokens; 0 = that of the tokenizer', low=0)
+  mixers: dict[str, object] = option({'attention': AttentionConfig()}, 'name -> memory')
+  pattern: tuple[str, ...] = option(('attention',), "layers that repeat; 'a+b' adds, 'a+b:gate' mixes by a learned gate")
+  repeats: int = option(4, 'I, how often the pattern repeats', low=0)
+  prefix: tuple[str, ...] = option((), 'layers before the repeats')
+  suffix: tuple[str, ...] = option((), 'layers after the repeats')
+  block: BlockConfig = option(BlockConfig(), 'residual block')
+  embedding: EmbeddingConfig = option(EmbeddingConfig(), 'embeddings and head')
+  init_std: float = option(0.0, 'standard deviation of all matrices; 0 = 1 / sqrt(fan-in)', low=0.0)
+  dtype: str = option('float32', 'compute dtype; parameters and state stay float32', choices=('float32', 'bfloat16', 'float64'))
+
+  def __post_init__(self):
+    for where in ('prefix', 'pattern', 'suffix'):
+      for layer in getattr(self, where):
+        names, gated = wiring(layer)
+        for name in names:
+          if name not in self.mixers: raise ConfigError(f'{where} names {name!r}, which is not one of mixers {sorted(self.mixers)}')
+        if len(set(names)) != len(names): raise ConfigError(f'{where} layer {layer!r} names a mixer twice')
+        if gated and len(names) != 2: raise ConfigError(f'{where} layer {layer!r} gates {len(names)} mixers; a gate needs two')
+    if not self.depth: raise ConfigError('the model has no layers')
+    self._check_widths()
+
+  def _check_widths(self):
+    for name, mixer in self.mixers.items():
+      if not isinstance(mixer, tuple(MIXERS.values())): raise ConfigError(f'mixers.{name} is not a mixer config')
+      heads = getattr(mixer, 'heads', 1)
+      given = getattr(mixer, 'head_width', 0) or getattr(mixer, 'key_width', 0)
+      if not given and self.width % heads: raise ConfigError(f'mixers.{name}.heads={heads} does not divide width={self.width}')
+      derived = given or self.width // heads
+      binding = getattr(getattr(mixer, 'binding', None), 'kind', '')
+      if derived % 2 and (getattr(mixer, 'rotary', False) or binding == 'phasor'):
+        raise ConfigError(f'mixers.{name}: {derived} channels a head is odd; it needs pairs')
+      address = getattr(mixer, 'address', None)
+      if address is not None and (mixer.slots or derived) % 2 and address.rotary:
+        raise ConfigError(f'mixers.{name}.address.rotary needs an even number of slots')
+      if address is not None and address.source == 'key' and (mixer.slots or derived) != derived:
+        raise ConfigError(f"mixers.{name}.address.source='key' needs slots == key_width")
+      if mixer.kind == 'holographic_seed' and mixer.key_width < self.width:
+        raise ConfigError(f'mixers.{name}.key_width={mixer.key_width} is below width={self.width}')
+
+  @property
+  def layers(self) -> tuple[str, ...]:
+    """All layers in order, the pattern written out."""
+    return self.prefix + self.pattern * self.repeats + self.suffix
+
+  @property
+  def depth(self) -> int:
+    """Number of layers."""
+    return len(self.layers)
+
+
+@config
+class TokenizerConfig:
+  """How text becomes tokens."""
+  kind: str = option('bytes', 'bytes, a BPE trained on the corpus, a tokenizer.json, or white-space words', choices=('bytes', 'bpe', 'file', 'word'))
+  size: int = option(0, 'vocabulary of bpe; 0 = 4096', low=0)
+  path: str = option('', "tokenizer.json of kind 'file'")
+
+  def __post_init__(self):
+    if (self.kind == 'file') != bool(self.path): raise ConfigError("path goes with kind 'file', and only with it")
+    if self.size and self.kind != 'bpe': raise ConfigError(f'size applies to kind bpe, not to {self.kind}')
+
+
+@config
+class DataConfig:
+  """Where the text comes from and in which order it is read."""
+  source: str = option('shakespeare', 'bundled corpus, local path, or hub', choices=('shakespeare', 'path', 'hub'))
+  path: str = option('', 'file or folder of source path')
+  hub: str = option('', "dataset of source hub, as 'owner/name[:configuration]'")
+  column: str = option('text', 'text column of source hub')
+  separator: str = option('\n\n\n', "border between documents; '' = one document a file; 'wikitext' = article headings")
+  order: str = option('shuffle', 'shuffled windows, or one contiguous lane per row', choices=('shuffle', 'lanes'))
+  tokenizer: TokenizerConfig = option(TokenizerConfig(), 'tokens')
+  cache: str = option('', "folder of token files; '' = the user's cache folder")
+
+  def __post_init__(self):
+    for name in ('path', 'hub'):
+      if (self.source == name) != bool(getattr(self, name)): raise ConfigError(f"{name} goes with source '{name}', and only with it")
+    if self.column != 'text' and self.source != 'hub': raise ConfigError("column applies to source 'hub'")
+
+
+@config
+class TrainingConfig:
+  """The training loop."""
+  mode: str = option('pretraining', 'what is trained on', choices=('pretraining',))
+  steps: int = option(1000, 'optimiser steps', low=1)
+  batch: int = option(16, 'B, rows a step over all devices', low=1)
+  length: int = option(256, 'L, tokens a row', low=1)
+  accumulate: int = option(1, 'micro-batches a step', low=1)
+  bptt: int = option(0, 'tokens between stops of the gradient; 0 = the whole row', low=0)
+  carry: bool = option(False, "carry the memory from step to step; needs data.order='lanes'")
+  remat: bool = option(False, 'recompute each layer in the backward pass')
+  log_every: int = option(10, 'steps between rows of metrics.jsonl', low=1)
+  nan_limit: int = option(3, 'non-finite steps in a row before stopping', low=1)
+
+  def __post_init__(self):
+    if self.batch % self.accumulate: raise ConfigError(f'batch={self.batch} is not a multiple of accumulate={self.accumulate}')
+    if self.bptt and self.length % self.bptt: raise ConfigError(f'length={self.length} is not a multiple of bptt={self.bptt}')
+
+
+@config
+class GroupConfig:
+  """Learning rate, schedule and regularisation of one group of parameters."""
+  rate: float = option(1e-3, 'peak learning rate; 0 = frozen', low=0.0)
+  schedule: str = option('cosine', 'after warm-up', choices=('cosine', 'linear', 'constant', 'wsd'))
+  warmup: int = option(0, 'steps of linear warm-up', low=0)
+  end: float = option(0.1, 'last rate as a share of the peak', low=0.0, high=1.0)
+  decay_share: float = option(0.2, 'share of all steps that wsd spends decaying', low=0.0, high=1.0)
+  weight_decay: float = option(0.1, 'decoupled weight decay', low=0.0)
+  clip: float = option(1.0, "largest global norm of the group's gradient; 0 = off", low=0.0)
+
+  def __post_init__(self):
+    if self.decay_share != 0.2 and self.schedule != 'wsd': raise ConfigError(f'decay_share applies to schedule wsd, not to {self.schedule}')
+    if self.end != 0.1 and self.schedule == 'constant': raise ConfigError('end does not apply to schedule constant')
+
+
+@config
+class OptimizerConfig:
+  """AdamW (Loshchilov and Hutter 2019) per group of parameters."""
+  rules: tuple[str, ...] = option(('.*=main',), "ordered 'regex=group' rules on parameter paths; the first match wins")
+  groups: dict[str, GroupConfig] = option({'main': GroupConfig()}, 'name -> settings')
+  b1: float = option(0.9, 'decay of the first moment', low=0.0, high=0.9999)
+  b2: float = option(0.95, 'decay of the second moment', low=0.0, high=0.99999)
+  eps: float = option(1e-8, 'added to the root of the second moment', low=0.0)
+  no_decay: str = option('(^|/)(bias|scale|taps|table|position)$', "parameters (by path) without weight decay; '' = none")
+
+  def __post_init__(self):
+    for rule in self.rules:
+      pattern, equals, group = rule.rpartition('=')
+      if not equals or not pattern: raise ConfigError(f"rule {rule!r} is not of the form 'regex=group'")
+      if group not in self.groups: raise ConfigError(f'rule {rule!r} names group {group!r}, which is not one of {sorted(self.groups)}')
+
+
+@config
+class EvaluationConfig:
+  """Held-out evaluation during and after training."""
+  every: int = option(0, 'steps between evaluations; 0 = only at the end', low=0)
+  split: str = option('val', 'split watched during training', choices=('train', 'val', 'test'))
+  batches: int = option(0, 'batches an evaluation during training; 0 = all', low=0)
+  batch: int = option(16, 'rows', low=1)
+  length: int = option(0, 'tokens a row; 0 = training.length', low=0)
+  context: int = option(0, 'tokens of each row that only give context (sliding)', low=0)
+  stream: bool = option(False, 'carry the memory along the whole split instead of restarting every row')
+  patience: int = option(0, 'evaluations without improvement before stopping; 0 = off', low=0)
+  min_delta: float = option(0.0, 'smallest improvement that counts', low=0.0)
+  sample: int = option(200, 'tokens of text sampled after training; 0 = none', low=0)
+  prompt: str = option('ROMEO:', 'prompt of that sample')
+
+  def __post_init__(self):
+    if self.length and self.context >= self.length: raise ConfigError(f'context={self.context} must be below length={self.length}')
+    if self.stream and self.context: raise ConfigError('context does not apply to stream, which carries the memory instead')
+
+
+@config
+class CheckpointConfig:
+  """What is saved and kept."""
+  every: int = option(0, 'steps between checkpoints; 0 = only at the end', low=0)
+  keep: int = option(3, 'newest checkpoints kept', low=1)
+  best: int = option(1, 'best checkpoints kept besides', low=0)
+  asynchronous: bool = option(True, 'write in the background')
+
+
+@config
+class MeshConfig:
+  """Devices along each axis; data 0 = all that remain."""
+  data: int = option(0, 'replicas; rows are split over data and fsdp', low=0)
+  fsdp: int = option(1, 'parameters split over this axis', low=1)
+  model: int = option(1, 'heads and hidden channels split over this axis', low=1)
+
+
+@config
+class Config:
+  """Everything a run depends on."""
+  name: str = option('', 'shown in figures and tables')
+  seed: int = option(0, 'of parameters, data order and dropout', low=0)
+  model: ModelConfig = option(ModelConfig(), 'decoder')
+  data: DataConfig = option(DataConfig(), 'text')
+  training: TrainingConfig = option(TrainingConfig(), 'loop')
+  optimizer: OptimizerConfig = option(OptimizerConfig(), 'AdamW by group')
+  evaluation: EvaluationConfig = option(EvaluationConfig(), 'held-out loss')
+  checkpoint: CheckpointConfig = option(CheckpointConfig(), 'saving')
+  mesh: MeshConfig = option(MeshConfig(), 'devices')
+
+  def __post_init__(self):
+    if self.training.carry and self.data.order != 'lanes': raise ConfigError("training.carry needs data.order='lanes'")
+    length = self.evaluation.length or self.training.length
+    if self.evaluation.context >= length: raise ConfigError(f'evaluation.context={self.evaluation.context} must be below its length {length}')
+    table = self.model.embedding.max_position
+    if table and self.data.order == 'lanes': raise ConfigError("learned positions end; data.order='lanes' needs model.embedding.position=''")
+    if table and max(self.training.length, length) > table: raise ConfigError(f'rows of {max(self.training.length, length)} tokens exceed model.embedding.max_position={table}')
+    if table and self.evaluation.stream: raise ConfigError("learned positions end; evaluation.stream needs model.embedding.position=''")

@@ -1,0 +1,16 @@
+"""Eight fake CPU devices, a persistent compilation cache, strict rank promotion."""
+import os
+
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', os.path.expanduser('~/.cache/memjax-tests'))
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '0')
+os.environ.setdefault('MPLBACKEND', 'agg')
+import jax
+
+jax.config.update('jax_num_cpu_devices', 8)
+jax.config.update('jax_numpy_rank_promotion', 'raise')
+from absl import flags, logging
+
+logging.set_verbosity(logging.WARNING)
+if not flags.FLAGS.is_parsed(): flags.FLAGS.mark_as_parsed()
