@@ -1,0 +1,47 @@
+"""Linear maps whose kernels carry logical axis names; parameters are float32, the product runs in the compute dtype."""
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+
+def kernel_init(std: float = 0.0, *, fan_in: int = 0, zero: bool = False) -> Callable:
+  """N(0, std^2), or N(0, 1 / fan_in) when `std` is 0; all zeros when `zero` (grafted output projections)."""
+  if zero: return nn.initializers.zeros_init()
+  return nn.initializers.normal(std or fan_in ** -0.5)
+
+
+def partitioned(init: Callable, axes: tuple) -> Callable:
+  """`init` whose result is boxed with the logical axis names `axes`."""
+  return nn.with_logical_partitioning(init, axes)
+
+
+class Linear(nn.Module):
+  """y = x W + b over the last axis of x; W is [in, features] with logical axes `axes`."""
+  features: int
+  axes: tuple
+  use_bias: bool = False
+  bias_init: float = 0.0
+  std: float = 0.0
+  zero: bool = False
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Returns x W (+ b) in the compute dtype."""
+    fan_in = x.shape[-1]
+    init = kernel_init(self.std, fan_in=fan_in, zero=self.zero)
+    kernel = self.param('kernel', partitioned(init, self.axes), (fan_in, self.features))
+    y = jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))
+    if not self.use_bias: return y
+    bias = self.param('bias', partitioned(nn.initializers.constant(self.bias_init), self.axes[1:]), (self.features,))
+    return y + bias.astype(self.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+  """x with a share `rate` of its entries zeroed and the rest scaled by 1 / (1 - rate); x itself without a key."""
+  if key is None or rate == 0.0: return x
+  keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+  return jnp.where(keep, x / jnp.asarray(1.0 - rate, x.dtype), jnp.zeros((), x.dtype))

@@ -1,0 +1,135 @@
+"""The memory protocol: a fixed-shape state, a way to write one token into it, a way to read it. The rest is derived here.
+
+An empty memory is all zeros. Axis 0 of every state leaf is the batch and rows never mix. The scan of `step` is the
+specification of `parallel`; a kind overrides `parallel` only with something that equals it and is measured to be faster.
+"""
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+State = Any
+Inputs = Any
+Aux = dict[str, Any]
+
+
+def where_rows(mask_B: jax.Array | None, new: State, old: State) -> State:
+  """`new` in the rows where the mask holds, `old` elsewhere; `new` for mask None."""
+  if mask_B is None: return new
+  return jax.tree.map(lambda n, o: jnp.where(mask_B.reshape(-1, *(1,) * (n.ndim - 1)), n, o), new, old)
+
+
+def both(a: jax.Array | None, b: jax.Array | None) -> jax.Array | None:
+  """Conjunction of two masks, None meaning all True."""
+  if a is None or b is None: return b if a is None else a
+  return a & b
+
+
+def real_resets(reset_BxL: jax.Array | None, mask_BxL: jax.Array | None) -> jax.Array | None:
+  """Resets at tokens that exist."""
+  return None if reset_BxL is None else both(reset_BxL, mask_BxL)
+
+
+class Memory(nn.Module):
+  """Base of every memory. Kinds give `init_state`, `project`, `write`, `read` and `readout`.
+
+  config: the kind's dataclass; width: D; std: of matrices at initialisation, 0 = 1/sqrt(fan-in); grafted: the output
+  projection starts at zero, so that a host is left bit-equal.
+  """
+  config: Any
+  width: int
+  dtype: Any = jnp.float32
+  std: float = 0.0
+  grafted: bool = False
+
+  chunk = 1            # a fast form may be entered only at position % chunk == 0
+  order = 'after'      # read 'after' or 'before' the write of the same token
+  reaches_back = True  # some earlier token can change the read of a later one
+
+  @property
+  def state_dtype(self) -> Any:
+    """float32, or float64 under float64 compute."""
+    return jnp.promote_types(jnp.float32, self.dtype)
+
+  def init_state(self, batch: int, max_len: int = 0) -> State:
+    """The empty state: zeros, from shapes alone. Only full attention uses `max_len`, the tokens it can hold."""
+    raise NotImplementedError
+
+  def project(self, x_BxLxD: jax.Array, position_BxL: jax.Array) -> Inputs:
+    """The big matmuls, all tokens at once; every leaf leads with [B, L]."""
+    raise NotImplementedError
+
+  def write(self, state: State, inputs: Inputs) -> State:
+    """The state after one token (leaves of `inputs` lead with [B])."""
+    raise NotImplementedError
+
+  def read(self, state: State, inputs: Inputs) -> jax.Array:
+    """y [B, E] of one token; never changes the state."""
+    raise NotImplementedError
+
+  def readout(self, x_BxLxD: jax.Array, y_BxLxE: jax.Array) -> jax.Array:
+    """Norm, gate and output projection, [B, L, D]."""
+    raise NotImplementedError
+
+  def aux(self, state: State, inputs: Inputs, y_BxLxE: jax.Array, **context) -> Aux:
+    """float32 scalars: 'penalty', the weighted sum of the auxiliary losses, and monitors without gradient."""
+    del state, inputs, context
+    return {'penalty': jnp.zeros((), jnp.float32), 'confidence': jax.lax.stop_gradient(confidence(y_BxLxE).mean())}
+
+  def statistics(self, state: State, inputs: Inputs, y_BxLxE: jax.Array, **context) -> dict[str, jax.Array]:
+    """Arrays for the figures of `analyze`; traced only when asked for."""
+    del state, inputs, context
+    return {'read_norm_BxL': jnp.linalg.norm(y_BxLxE.astype(jnp.float32), axis=-1)}
+
+  def step(self, state: State, inputs: Inputs, mask_B: jax.Array | None = None, *,
+           write_mask_B: jax.Array | None = None, reset_B: jax.Array | None = None) -> tuple[State, jax.Array]:
+    """One token: (state, y [B, E]). Masked rows keep their state bit for bit and read 0."""
+    reset_B = real_resets(reset_B, mask_B)
+    if reset_B is not None: state = where_rows(reset_B, jax.tree.map(jnp.zeros_like, state), state)
+    new = where_rows(both(mask_B, write_mask_B), self.write(state, inputs), state)
+    y_BxE = self.read(new if self.order == 'after' else state, inputs)
+    return new, y_BxE if mask_B is None else jnp.where(mask_B[:, None], y_BxE, 0)
+
+  def scan(self, state: State, inputs: Inputs, mask_BxL: jax.Array | None = None, *,
+           write_mask_BxL: jax.Array | None = None, reset_BxL: jax.Array | None = None) -> tuple[State, jax.Array]:
+    """THE SPECIFICATION of `parallel`: `lax.scan` of `step` over the tokens."""
+    def body(state, token):
+      inputs, mask_B, write_mask_B, reset_B = token
+      return self.step(state, inputs, mask_B, write_mask_B=write_mask_B, reset_B=reset_B)
+    tokens = jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), (inputs, mask_BxL, write_mask_BxL, reset_BxL))
+    state, y_LxBxE = jax.lax.scan(body, state, tokens)
+    return state, jnp.swapaxes(y_LxBxE, 0, 1)
+
+  def parallel(self, state: State, inputs: Inputs, mask_BxL: jax.Array | None = None, *,
+               write_mask_BxL: jax.Array | None = None, reset_BxL: jax.Array | None = None) -> tuple[State, jax.Array]:
+    """All tokens: (state, y [B, L, E]); equals `scan`."""
+    return self.scan(state, inputs, mask_BxL, write_mask_BxL=write_mask_BxL, reset_BxL=reset_BxL)
+
+  def mix(self, x_BxLxD: jax.Array, state: State, *, position_BxL: jax.Array, mask_BxL: jax.Array | None = None,
+          write_mask_BxL: jax.Array | None = None, reset_BxL: jax.Array | None = None, key: jax.Array | None = None,
+          token_BxL: jax.Array | None = None, collect: bool = False) -> tuple[jax.Array, State, Aux]:
+    """(y [B, L, E] before the readout, state, aux): what a wiring needs to weigh memories against each other."""
+    if reset_BxL is None: reset_BxL = position_BxL == 0
+    inputs = self.project(x_BxLxD, position_BxL)
+    if x_BxLxD.shape[1] == 1:
+      first = lambda tree: jax.tree.map(lambda a: a[:, 0], tree)
+      new, y_BxE = self.step(state, first(inputs), first(mask_BxL), write_mask_B=first(write_mask_BxL), reset_B=first(reset_BxL))
+      y_BxLxE = y_BxE[:, None]
+    else:
+      new, y_BxLxE = self.parallel(state, inputs, mask_BxL, write_mask_BxL=write_mask_BxL, reset_BxL=reset_BxL)
+    context = dict(mask_BxL=mask_BxL, write_mask_BxL=write_mask_BxL, reset_BxL=reset_BxL, key=key, token_BxL=token_BxL)
+    aux = self.aux(state, inputs, y_BxLxE, **context)
+    if collect: aux['statistics'] = self.statistics(state, inputs, y_BxLxE, **context)
+    return y_BxLxE, new, aux
+
+  def __call__(self, x_BxLxD: jax.Array, state: State, **context) -> tuple[jax.Array, State, Aux]:
+    """(y [B, L, D], state, aux) for a call of any length; keywords as in `mix`. May be cut anywhere, rows may be ragged."""
+    y_BxLxE, state, aux = self.mix(x_BxLxD, state, **context)
+    return self.readout(x_BxLxD, y_BxLxE), state, aux
+
+
+def confidence(y_BxLxE: jax.Array) -> jax.Array:
+  """Root mean square of each read before any norm, [B, L] float32; exactly 0 with finite gradient for an empty memory."""
+  square_BxL = jnp.mean(jnp.square(y_BxLxE.astype(jnp.float32)), -1)
+  return jnp.sqrt(square_BxL + 1e-12) - 1e-6

@@ -1,0 +1,74 @@
+"""Softmax attention over an explicit set of visible keys: dense, block-local for windows, one token against a ring."""
+import jax
+import jax.numpy as jnp
+
+BLOCK = 1024  # queries scored at once by the dense form, so that its logits stay [B, H, BLOCK, M]
+
+
+def rotate(x_BxLxHxK: jax.Array, position_BxL: jax.Array, base: float) -> jax.Array:
+  """x with its two halves rotated as pairs by position * base^(-2i/K), in float32 (rotary embedding, Su et al. 2021)."""
+  half = x_BxLxHxK.shape[-1] // 2
+  frequency_1 = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  angle_BxLx1xK = position_BxL.astype(jnp.float32)[:, :, None, None] * frequency_1.reshape(1, 1, 1, -1)
+  cos, sin = jnp.cos(angle_BxLx1xK), jnp.sin(angle_BxLx1xK)
+  wide = x_BxLxHxK.astype(jnp.promote_types(jnp.float32, x_BxLxHxK.dtype))
+  a, b = wide[..., :half], wide[..., half:]
+  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BxLxHxK.dtype)
+
+
+def _attend(q_BxLxHxK: jax.Array, k_BxMxGxK: jax.Array, v_BxMxGxK: jax.Array, see_BxLxM: jax.Array) -> jax.Array:
+  B, L, H, K = q_BxLxHxK.shape
+  G = k_BxMxGxK.shape[2]
+  wide = jnp.promote_types(jnp.float32, q_BxLxHxK.dtype)
+  q = q_BxLxHxK.reshape(B, L, G, H // G, K)
+  logits = jnp.einsum('blghk,bmgk->bghlm', q, k_BxMxGxK.astype(q.dtype), preferred_element_type=wide) * K ** -0.5
+  see = see_BxLxM[:, None, None]
+  top = jax.lax.stop_gradient(jnp.max(jnp.where(see, logits, -jnp.inf), -1, keepdims=True, initial=-1e30))
+  weight = jnp.exp(jnp.where(see, logits - top, -jnp.inf))
+  total = jnp.sum(weight, -1)                                             # 0 where nothing is visible: the read is 0
+  y = jnp.einsum('bghlm,bmgk->blghk', weight.astype(q.dtype), v_BxMxGxK.astype(q.dtype), preferred_element_type=wide)
+  y = y / jnp.where(total > 0, total, 1).transpose(0, 3, 1, 2)[..., None]
+  return y.reshape(B, L, H, K).astype(q_BxLxHxK.dtype)
+
+
+def attend(q_BxLxHxK: jax.Array, k_BxMxGxK: jax.Array, v_BxMxGxK: jax.Array, *, see) -> jax.Array:
+  """softmax(q k / sqrt(K)) v over the visible keys, [B, L, H, K]; a query that sees nothing reads 0.
+
+  G key heads serve H query heads in equal groups. `see(start, size)` returns the visibility [B, size, M] of queries
+  [start, start + size), so that no mask of the whole call exists; logits and softmax are float32.
+  """
+  L = q_BxLxHxK.shape[1]
+  if L <= BLOCK: return _attend(q_BxLxHxK, k_BxMxGxK, v_BxMxGxK, see(0, L))
+  blocks = -(-L // BLOCK)
+  q = jnp.pad(q_BxLxHxK, ((0, 0), (0, blocks * BLOCK - L), (0, 0), (0, 0)))
+  def block(start):
+    return _attend(jax.lax.dynamic_slice_in_dim(q, start, BLOCK, 1), k_BxMxGxK, v_BxMxGxK, see(start, BLOCK))
+  y_NxBxCxHxK = jax.lax.map(jax.checkpoint(block), BLOCK * jnp.arange(blocks))
+  return jnp.moveaxis(y_NxBxCxHxK, 0, 1).reshape(q.shape)[:, :L]
+
+
+def attend_window(q_BxLxHxK: jax.Array, k_BxMxGxK: jax.Array, v_BxMxGxK: jax.Array, *, window: int,
+                  see_key_BxM: jax.Array, segment_BxM: jax.Array) -> jax.Array:
+  """Window attention by blocks of `window` queries against two blocks of keys, [B, L, H, K]: 2 L W scores instead of L^2.
+
+  The M = window + L keys are `window` past ones, oldest first, then one per query. `see_key_BxM` says which keys exist;
+  a query sees the last `window` keys up to its own that exist and have its own `segment`.
+  """
+  B, L, H, K = q_BxLxHxK.shape
+  W, N = window, -(-L // window)
+  def pad(a): return jnp.pad(a, [(0, 0), (0, N * W - L)] + [(0, 0)] * (a.ndim - 2))
+  def pairs(a):                                                           # [B, (N + 1) W, ...] -> [B N, 2 W, ...]
+    a = pad(a).reshape(B, N + 1, W, *a.shape[2:])
+    return jnp.concatenate([a[:, :-1], a[:, 1:]], 2).reshape(B * N, 2 * W, *a.shape[3:])
+  q = pad(q_BxLxHxK).reshape(B * N, W, H, K)
+  own = pad(segment_BxM[:, W:]).reshape(B * N, W, 1)
+  i, j = jnp.arange(W)[:, None], jnp.arange(2 * W)[None, :]
+  near = (j <= i + W) & (j > i)
+  see = near[None] & pairs(see_key_BxM)[:, None, :] & (pairs(segment_BxM)[:, None, :] == own)
+  return _attend(q, pairs(k_BxMxGxK), pairs(v_BxMxGxK), see).reshape(B, N * W, H, K)[:, :L]
+
+
+def attend_ring(q_BxHxK: jax.Array, k_BxMxGxK: jax.Array, v_BxMxGxK: jax.Array, count_B: jax.Array) -> jax.Array:
+  """One query against a ring of M slots of which min(count, M) hold a token, [B, H, K]."""
+  filled_BxM = jnp.arange(k_BxMxGxK.shape[1])[None] < count_B[:, None]
+  return _attend(q_BxHxK[:, None], k_BxMxGxK, v_BxMxGxK, filled_BxM[:, None])[:, 0]
