@@ -21,6 +21,7 @@ class BlockConfig:
   bias: bool = option(False, 'biases in the feed-forward network')
   norm_epsilon: float = option(1e-6, 'inside the square root of the norms', low=1e-12)
   dropout: float = option(0.0, 'of embeddings and of residual branches', low=0.0, high=0.999)
+  init_std: float = option(0.0, 'standard deviation of all matrices; 0 = 1 / sqrt(fan-in)', low=0.0)
 
 
 @config
@@ -49,7 +50,7 @@ class ModelConfig:
   suffix: tuple[str, ...] = option((), 'layers after the repeats')
   block: BlockConfig = option(BlockConfig(), 'residual block')
   embedding: EmbeddingConfig = option(EmbeddingConfig(), 'embeddings and head')
-  init_std: float = option(0.0, 'standard deviation of all matrices; 0 = 1 / sqrt(fan-in)', low=0.0)
+  grafted: tuple[str, ...] = option((), 'mixers whose output starts at zero, so that the rest of the model is left as it was')
   dtype: str = option('float32', 'compute dtype; parameters and state stay float32', choices=('float32', 'bfloat16', 'float64'))
 
   def __post_init__(self):
@@ -60,6 +61,8 @@ class ModelConfig:
           if name not in self.mixers: raise ConfigError(f'{where} names {name!r}, which is not one of mixers {sorted(self.mixers)}')
         if len(set(names)) != len(names): raise ConfigError(f'{where} layer {layer!r} names a mixer twice')
         if gated and len(names) != 2: raise ConfigError(f'{where} layer {layer!r} gates {len(names)} mixers; a gate needs two')
+    for name in self.grafted:
+      if name not in self.mixers: raise ConfigError(f'grafted names {name!r}, which is not one of mixers {sorted(self.mixers)}')
     if not self.depth: raise ConfigError('the model has no layers')
     self._check_widths()
 

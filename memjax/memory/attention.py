@@ -1,0 +1,147 @@
+"""Softmax attention as a memory: the state is a ring of keys and values. Full attention is a ring as long as the text."""
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from memjax.layers.linear import Linear
+from memjax.layers.norm import RMSNorm
+from memjax.memory.base import Memory, both, real_resets
+from memjax.ops.attention import attend, attend_ring, attend_window, rotate
+
+
+@struct.dataclass
+class AttentionState:
+  """The last M written keys and values; token number r (from 1) lives in slot (r - 1) % M. Slots never written are zero."""
+  k_BxMxGxK: jax.Array
+  v_BxMxGxK: jax.Array
+  count_B: jax.Array
+
+
+@struct.dataclass
+class AttentionInputs:
+  """Queries and rotated keys and values of some tokens."""
+  q_BxLxHxK: jax.Array
+  k_BxLxGxK: jax.Array
+  v_BxLxGxK: jax.Array
+
+
+class Attention(Memory):
+  """Causal attention with H query and G key heads. `max_len=0` is one parallel call from empty; otherwise the ring holds max_len."""
+
+  def setup(self):
+    c, shared = self.config, dict(std=self.std, dtype=self.dtype)
+    inner = dict(use_bias=c.bias, **shared)
+    self.query = Linear(c.heads * self.head_width, ('embed', 'heads'), name='query', **inner)
+    self.key = Linear(self.groups * self.head_width, ('embed', 'heads'), name='key', **inner)
+    self.value = Linear(self.groups * self.head_width, ('embed', 'heads'), name='value', **inner)
+    self.out = Linear(self.width, ('heads', 'embed'), use_bias=c.out_bias, zero=self.grafted, name='out', **shared)
+    if c.qk_norm: self.query_norm, self.key_norm = (RMSNorm(dtype=self.dtype, name=n) for n in ('query_norm', 'key_norm'))
+
+  @property
+  def head_width(self) -> int:
+    """K, channels per head."""
+    return self.config.head_width or self.width // self.config.heads
+
+  @property
+  def groups(self) -> int:
+    """G, key and value heads."""
+    return self.config.kv_heads or self.config.heads
+
+  def capacity(self, max_len: int) -> int:
+    """M, slots of the ring."""
+    return max_len
+
+  def init_state(self, batch: int, max_len: int = 0) -> AttentionState:
+    """An empty ring of `capacity(max_len)` slots."""
+    shape = (batch, self.capacity(max_len), self.groups, self.head_width)
+    return AttentionState(jnp.zeros(shape, self.state_dtype), jnp.zeros(shape, self.state_dtype), jnp.zeros((batch,), jnp.int32))
+
+  def project(self, x_BxLxD: jax.Array, position_BxL: jax.Array) -> AttentionInputs:
+    """Queries, keys and values of all tokens, normed and rotated as configured."""
+    split = lambda a, heads: a.reshape(*a.shape[:2], heads, self.head_width)
+    q, k = split(self.query(x_BxLxD), self.config.heads), split(self.key(x_BxLxD), self.groups)
+    if self.config.qk_norm: q, k = self.query_norm(q), self.key_norm(k)
+    if self.config.rotary: q, k = (rotate(a, position_BxL, self.config.rotary_base) for a in (q, k))
+    return AttentionInputs(q, k, split(self.value(x_BxLxD), self.groups))
+
+  def write(self, state: AttentionState, inputs: AttentionInputs) -> AttentionState:
+    """Puts one key and value over the oldest slot."""
+    rows, slot_B = jnp.arange(state.count_B.shape[0]), state.count_B % state.k_BxMxGxK.shape[1]
+    put = lambda ring, new: ring.at[rows, slot_B].set(new.astype(ring.dtype))
+    return AttentionState(put(state.k_BxMxGxK, inputs.k_BxLxGxK), put(state.v_BxMxGxK, inputs.v_BxLxGxK), state.count_B + 1)
+
+  def read(self, state: AttentionState, inputs: AttentionInputs) -> jax.Array:
+    """Attends with one query over the filled slots."""
+    y_BxHxK = attend_ring(inputs.q_BxLxHxK, state.k_BxMxGxK, state.v_BxMxGxK, state.count_B)
+    return y_BxHxK.reshape(y_BxHxK.shape[0], -1)
+
+  def parallel(self, state, inputs, mask_BxL=None, *, write_mask_BxL=None, reset_BxL=None):
+    """All queries against the ring and each other at once."""
+    B, L = inputs.q_BxLxHxK.shape[:2]
+    M = state.k_BxMxGxK.shape[1]
+    reset_BxL = real_resets(reset_BxL, mask_BxL)
+    wrote_BxL = both(mask_BxL, write_mask_BxL)
+    wrote_BxL = jnp.ones((B, L), bool) if wrote_BxL is None else wrote_BxL
+    segment_BxL = jnp.zeros((B, L), jnp.int32) if reset_BxL is None else jnp.cumsum(reset_BxL.astype(jnp.int32), 1)
+    past = self._past(state)
+    keys, values, see_past_BxM = (jnp.concatenate([p, n], 1) for p, n in zip(past, (
+        inputs.k_BxLxGxK.astype(self.state_dtype), inputs.v_BxLxGxK.astype(self.state_dtype), wrote_BxL), strict=True))
+    segment_BxM = jnp.pad(segment_BxL, ((0, 0), (M, 0)))
+    dense = mask_BxL is not None or write_mask_BxL is not None
+    y = self._look(inputs.q_BxLxHxK, keys, values, see_BxM=see_past_BxM, segment_BxM=segment_BxM, past=M, dense=dense)
+    y_BxLxE = y.reshape(B, L, -1)
+    if mask_BxL is not None: y_BxLxE = jnp.where(mask_BxL[..., None], y_BxLxE, 0)
+    return self._store(state, inputs, wrote_BxL, segment_BxL), y_BxLxE
+
+  def _past(self, state):
+    """The ring, oldest first, and which of its entries exist."""
+    M = state.k_BxMxGxK.shape[1]
+    rank_BxM = state.count_B[:, None] - M + 1 + jnp.arange(M)[None]
+    slot = jnp.where(rank_BxM > 0, (rank_BxM - 1) % max(M, 1), 0)
+    take = lambda ring: jnp.take_along_axis(ring, slot[..., None, None], 1)
+    return take(state.k_BxMxGxK), take(state.v_BxMxGxK), rank_BxM > 0
+
+  def _look(self, q, keys, values, *, see_BxM, segment_BxM, past, dense):
+    """Dense scores: a query sees written keys of its segment, at most `past` back where a ring limits the reach."""
+    del dense
+    rank_BxM = jnp.cumsum(see_BxM.astype(jnp.int32), 1)
+    def see(start, size):
+      row = lambda a: jax.lax.dynamic_slice_in_dim(jnp.pad(a[:, past:], ((0, 0), (0, size))), start, size, 1)[..., None]
+      own, near = row(rank_BxM), see_BxM[:, None] & (segment_BxM[:, None] == row(segment_BxM))
+      near &= rank_BxM[:, None] <= own
+      near &= jnp.arange(see_BxM.shape[1])[None, None] <= past + start + jnp.arange(size)[None, :, None]
+      return near & (rank_BxM[:, None] > own - past) if past else near
+    return attend(q, keys, values, see=see)
+
+  def _store(self, state, inputs, wrote_BxL, segment_BxL):
+    """The ring after the call: the last M written tokens of each row's last segment."""
+    M, last_B = state.k_BxMxGxK.shape[1], segment_BxL[:, -1]
+    kept_BxL = wrote_BxL & (segment_BxL == last_B[:, None])
+    start_B = jnp.where(last_B == 0, state.count_B, 0)
+    rank_BxL = start_B[:, None] + jnp.cumsum(kept_BxL.astype(jnp.int32), 1)
+    count_B = rank_BxL[:, -1]
+    if not M: return state.replace(count_B=count_B)
+    slot = jnp.where(kept_BxL & (rank_BxL > count_B[:, None] - M), (rank_BxL - 1) % M, M)
+    rows = jnp.arange(slot.shape[0])[:, None]
+    def put(ring, new):
+      ring = jnp.where((last_B == 0)[:, None, None, None], ring, 0)
+      return ring.at[rows, slot].set(new.astype(ring.dtype), mode='drop')
+    return AttentionState(put(state.k_BxMxGxK, inputs.k_BxLxGxK), put(state.v_BxMxGxK, inputs.v_BxLxGxK), count_B)
+
+  def readout(self, x_BxLxD: jax.Array, y_BxLxE: jax.Array) -> jax.Array:
+    """Output projection."""
+    return self.out(y_BxLxE)
+
+
+class Window(Attention):
+  """Sliding-window attention: a ring of `window` slots, whatever the length of the text."""
+
+  def capacity(self, max_len: int) -> int:
+    """M = window, whatever `max_len`."""
+    return self.config.window
+
+  def _look(self, q, keys, values, *, see_BxM, segment_BxM, past, dense):
+    """Blocks of two windows; dense where masks leave holes, or where one block would hold the whole call."""
+    if dense or q.shape[1] <= past:
+      return super()._look(q, keys, values, see_BxM=see_BxM, segment_BxM=segment_BxM, past=past, dense=dense)
+    return attend_window(q, keys, values, window=past, see_key_BxM=see_BxM, segment_BxM=segment_BxM)

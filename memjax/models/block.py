@@ -1,0 +1,96 @@
+"""One layer: norm, a wiring of memories, residual, feed-forward network, residual."""
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
+
+from memjax.config.schema import ModelConfig, wiring
+from memjax.layers.linear import Linear, dropout
+from memjax.layers.mlp import MLP, hidden_width
+from memjax.layers.norm import RMSNorm, make_norm
+from memjax.memory.base import confidence
+from memjax.memory.registry import make_memory
+
+
+@struct.dataclass
+class Flow:
+  """What every layer is told about the tokens of a call; None = all valid, no resets given."""
+  position_BxL: jax.Array
+  mask_BxL: jax.Array | None = None
+  write_mask_BxL: jax.Array | None = None
+  reset_BxL: jax.Array | None = None
+  token_BxL: jax.Array | None = None
+
+
+def fold(key: jax.Array | None, number: int) -> jax.Array | None:
+  """A key of its own for each use; None stays None."""
+  return None if key is None else jax.random.fold_in(key, number)
+
+
+def compute_dtype(config: ModelConfig) -> Any:
+  """The jax dtype of `model.dtype`."""
+  return jnp.dtype(config.dtype)
+
+
+def empty_memories(config: ModelConfig, layer: str, batch: int, max_len: int) -> dict:
+  """Zero states of the memories of one layer, by name."""
+  return {name: make_memory(config.mixers[name], config.width, dtype=compute_dtype(config), parent=None).init_state(batch, max_len)
+          for name in wiring(layer)[0]}
+
+
+class Mixers(nn.Module):
+  """The memories of one layer: one alone, a sum ('a+b'), or a learned gate between two ('a+b:gate').
+
+  The gate is alpha = sigmoid(W x + w_c confidence + b) per channel, b = 0; y = alpha * b + (1 - alpha) * a on normalised
+  outputs, where confidence is the size of b's read before its norm, so that an empty memory can be closed.
+  """
+  config: ModelConfig
+  layer: str
+
+  @nn.compact
+  def __call__(self, x_BxLxD: jax.Array, states: dict, flow: Flow, *, key: jax.Array | None, collect: bool):
+    """(y [B, L, D], states, {name: aux})."""
+    c, dtype = self.config, compute_dtype(self.config)
+    names, gated = wiring(self.layer)
+    out, new, aux = [], {}, {}
+    for number, name in enumerate(names):
+      memory = make_memory(c.mixers[name], c.width, dtype=dtype, std=c.block.init_std, grafted=name in c.grafted, name=name)
+      y_BxLxE, new[name], aux[name] = memory.mix(x_BxLxD, states[name], key=fold(key, number), collect=collect, **vars(flow))
+      out.append((memory.readout(x_BxLxD, y_BxLxE), y_BxLxE))
+    if not gated: return sum(y for y, _ in out[1:]) + out[0][0] if len(out) > 1 else out[0][0], new, aux
+    first, second = (RMSNorm(c.block.norm_epsilon, dtype, name=f'norm_{n}')(y) for n, (y, _) in zip(names, out, strict=True))
+    logit = Linear(c.width, ('embed', None), use_bias=True, std=c.block.init_std, dtype=dtype, name='gate')(x_BxLxD)
+    weight = self.param('gate_confidence', nn.with_logical_partitioning(nn.initializers.zeros_init(), (None,)), (c.width,))
+    logit += confidence(out[1][1])[..., None].astype(dtype) * weight.astype(dtype).reshape(1, 1, -1)
+    alpha_BxLxD = jax.nn.sigmoid(logit)
+    aux[names[1]]['share'] = jax.lax.stop_gradient(alpha_BxLxD.astype(jnp.float32).mean())
+    return alpha_BxLxD * second + (1 - alpha_BxLxD) * first, new, aux
+
+
+class Layer(nn.Module):
+  """x + mixers(norm x), then + MLP(norm x); with placement 'post' the norms follow the residual sums instead."""
+  config: ModelConfig
+  layer: str
+
+  @nn.compact
+  def __call__(self, x_BxLxD: jax.Array, states: dict, flow: Flow, *, key: jax.Array | None = None, collect: bool = False):
+    """(x [B, L, D], states, {name: aux})."""
+    c, block, dtype = self.config, self.config.block, compute_dtype(self.config)
+    pre = block.placement == 'pre'
+    norm = lambda name: make_norm(block.norm, epsilon=block.norm_epsilon, dtype=dtype, name=name)
+    def residual(x, branch, number, name):
+      y = branch(norm(name)(x) if pre else x)
+      x = x + dropout(y, block.dropout, fold(key, number))
+      return nn.with_logical_constraint(x if pre else norm(name)(x), ('batch', None, None))
+    kept = {}
+    def mixers(x):
+      y, kept['states'], kept['aux'] = Mixers(c, self.layer, name='mixers')(x, states, flow, key=fold(key, 0), collect=collect)
+      return y
+    x_BxLxD = residual(x_BxLxD, mixers, 1, 'norm_mixer')
+    if c.hidden >= 0:
+      mlp = MLP(hidden_width(c.width, c.hidden, block.activation), block.activation, block.bias, block.dropout if not pre else 0.0,
+                block.init_std, dtype, name='mlp')
+      x_BxLxD = residual(x_BxLxD, lambda x: mlp(x, key=fold(key, 2)), 3, 'norm_mlp')
+    return x_BxLxD, kept['states'], kept['aux']

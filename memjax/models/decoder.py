@@ -1,0 +1,121 @@
+"""The decoder: embeddings, named layers (the pattern scanned over its repeats), final norm, output head."""
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from memjax.config.errors import UserError
+from memjax.config.schema import ModelConfig
+from memjax.layers.embed import Embed, PositionTable
+from memjax.layers.linear import Linear, dropout
+from memjax.layers.norm import make_norm
+from memjax.models.block import Flow, Layer, compute_dtype, empty_memories, fold
+
+
+class Period(nn.Module):
+  """The layers of one repeat of the pattern, in order."""
+  config: ModelConfig
+  layers: tuple[str, ...]
+
+  @nn.compact
+  def __call__(self, x_BxLxD: jax.Array, states: dict, key: jax.Array | None, flow: Flow, collect: bool):
+    """(x, (states, aux)) with one entry a layer, 'layer_0', 'layer_1', ..."""
+    new, aux = {}, {}
+    for number, layer in enumerate(self.layers):
+      name = f'layer_{number}'
+      x_BxLxD, new[name], aux[name] = Layer(self.config, layer, name=name)(
+          x_BxLxD, states[name], flow, key=fold(key, number), collect=collect)
+    return x_BxLxD, (new, aux)
+
+
+class Decoder(nn.Module):
+  """A causal language model whose layers are named in the config. State in, state out."""
+  config: ModelConfig
+
+  @property
+  def stacks(self) -> dict[str, tuple[str, ...]]:
+    """The layers by part: 'prefix', 'repeats' (one pattern) and 'suffix'; parts without layers are absent."""
+    c = self.config
+    parts = {'prefix': c.prefix, 'repeats': c.pattern if c.repeats else (), 'suffix': c.suffix}
+    return {part: layers for part, layers in parts.items() if layers}
+
+  def init_state(self, batch: int, max_len: int = 0) -> dict:
+    """Zero states of all layers; batch at axis 0 of every leaf, the repeats at axis 1 of the scanned ones."""
+    def part(name, layers):
+      states = {f'layer_{i}': empty_memories(self.config, layer, batch, max_len) for i, layer in enumerate(layers)}
+      if name != 'repeats': return states
+      return jax.tree.map(lambda a: jnp.zeros((a.shape[0], self.config.repeats, *a.shape[1:]), a.dtype), states)
+    return {name: part(name, layers) for name, layers in self.stacks.items()}
+
+  @nn.compact
+  def __call__(self, token_BxL: jax.Array, state: dict, *, position_BxL: jax.Array, mask_BxL: jax.Array | None = None,
+               write_mask_BxL: jax.Array | None = None, reset_BxL: jax.Array | None = None, key: jax.Array | None = None,
+               collect: bool = False, remat: bool = False) -> tuple[jax.Array, dict, dict]:
+    """(logits [B, L, A] in float32 at least, state, aux).
+
+    A document starts where `position_BxL` is 0 (or where `reset_BxL` says). `key` switches dropout and replay on.
+    aux: float32 scalars averaged over the memories that report them, 'penalty' among them; with `collect` also 'layers'.
+    """
+    c, dtype = self.config, compute_dtype(self.config)
+    embed = Embed(c.vocabulary, c.width, c.embedding.std, dtype, name='embed')
+    x_BxLxD = embed(token_BxL)
+    if c.embedding.position:
+      x_BxLxD += PositionTable(c.embedding.max_position, c.width, c.embedding.std, dtype, name='position')(position_BxL)
+    x_BxLxD = nn.with_logical_constraint(dropout(x_BxLxD, c.block.dropout, fold(key, 0)), ('batch', None, None))
+    flow = Flow(position_BxL, mask_BxL, write_mask_BxL, reset_BxL, token_BxL)
+    new, aux = {}, {}
+    for number, (part, layers) in enumerate(self.stacks.items()):
+      x_BxLxD, (new[part], aux[part]) = self._stack(part, layers, remat)(
+          x_BxLxD, state[part], self._keys(part, fold(key, number + 1)), flow, collect)
+    x_BxLxD = make_norm(c.block.norm, epsilon=c.block.norm_epsilon, dtype=dtype, name='norm')(x_BxLxD)
+    if c.embedding.tie: logits_BxLxA = embed.attend(x_BxLxD)
+    else:
+      logits_BxLxA = Linear(c.vocabulary, ('embed', 'vocabulary'), std=c.block.init_std, dtype=dtype, name='head')(x_BxLxD)
+    wide = jnp.promote_types(jnp.float32, dtype)
+    return nn.with_logical_constraint(logits_BxLxA.astype(wide), ('batch', None, 'vocabulary')), new, summarise(aux, collect)
+
+  def _keys(self, part: str, key: jax.Array | None):
+    return key if key is None or part != 'repeats' else jax.random.split(key, self.config.repeats)
+
+  def _stack(self, part: str, layers: tuple[str, ...], remat: bool) -> nn.Module:
+    kind = nn.remat(Period, prevent_cse=part != 'repeats', static_argnums=(5,)) if remat else Period
+    if part != 'repeats': return kind(self.config, layers, name=part)
+    scan = nn.scan(kind, variable_axes={'params': 0}, split_rngs={'params': True}, in_axes=(1, 0, nn.broadcast, nn.broadcast),
+                   out_axes=(1, 0), length=self.config.repeats, metadata_params={nn.PARTITION_NAME: 'layers'})
+    return scan(self.config, layers, name=part)
+
+
+def summarise(aux: dict, collect: bool) -> dict[str, Any]:
+  """{'penalty': ..., monitor: ...}: each scalar averaged over the memories that report it; with `collect` also 'layers'."""
+  values, layers = {}, {}
+  for part, by_layer in aux.items():
+    for layer, by_name in by_layer.items():
+      for name, entries in by_name.items():
+        entries = dict(entries)
+        if collect: layers[f'{part}/{layer}/{name}'] = entries.pop('statistics')
+        for entry, value in entries.items(): values.setdefault(entry, []).append(jnp.ravel(value))
+  flat = {name: jnp.mean(jnp.concatenate(value)) for name, value in values.items()}
+  return {**flat, 'layers': layers} if collect else flat
+
+
+def build_decoder(config: ModelConfig) -> Decoder:
+  """The decoder of a config whose vocabulary is known; UserError otherwise."""
+  if config.vocabulary < 1: raise UserError('config.model.vocabulary is 0; it is filled from the tokenizer before a model is built')
+  return Decoder(config)
+
+
+def _init(model: Decoder, key: jax.Array) -> dict:
+  token_BxL = jnp.zeros((1, 2), jnp.int32)
+  return model.init(key, token_BxL, model.init_state(1), position_BxL=jnp.arange(2)[None])['params']
+
+
+def param_shapes(model: Decoder) -> tuple[dict, dict]:
+  """(shapes and dtypes, PartitionSpecs of logical axis names) of all parameters, computing nothing."""
+  boxed = jax.eval_shape(lambda: _init(model, jax.random.key(0)))
+  return nn.unbox(boxed), nn.get_partition_spec(boxed)
+
+
+def init_params(model: Decoder, key: jax.Array) -> tuple[dict, dict]:
+  """(float32 parameters, PartitionSpecs of logical axis names); traceable, so that jit can place them on a mesh."""
+  return nn.unbox(_init(model, key)), param_shapes(model)[1]
