@@ -1,0 +1,129 @@
+"""AdamW per group of parameters: ordered rules on paths, a schedule, clipping and weight decay inside each group."""
+import math
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from memjax.config.errors import UserError
+from memjax.config.schema import GroupConfig, OptimizerConfig
+from memjax.runtime.tree import named, unnamed
+
+Flat = dict[str, jax.Array]
+
+
+class Optimizer(NamedTuple):
+  """What trains the parameters: `tx` sees only the trainable ones, as a flat dict path -> array."""
+  tx: optax.GradientTransformation
+  groups: dict[str, str]               # path -> group, every parameter
+  frozen: frozenset[str]               # paths whose group has rate 0
+
+  def split(self, params: Any) -> tuple[Flat, Flat]:
+    """(trainable, frozen) parameters, flat: only the first are differentiated and hold optimiser state."""
+    flat = named(params)
+    frozen = {k: v for k, v in flat.items() if k in self.frozen}
+    return {k: v for k, v in flat.items() if k not in frozen}, frozen
+
+  def init(self, params: Any) -> Any:
+    """Optimiser state of the trainable parameters of a nested tree."""
+    return self.tx.init(self.split(params)[0])
+
+
+def schedule(group: GroupConfig, steps: int) -> Callable[[jax.Array], jax.Array]:
+  """Learning rate of update `count` = 0 .. steps - 1 (held at its end value afterwards).
+
+  Warm-up rises linearly, (count + 1) / warmup, so that the first update is not lost. Then, with p going from 0 to 1
+  over the rest: cosine end + (1 - end) (1 + cos pi p) / 2, linear 1 - (1 - end) p, constant 1, wsd (Hu et al. 2024) 1,
+  falling linearly to end over the last `decay_share` of all steps.
+  """
+  warmup, last = group.warmup, max(steps - 1, 1)
+  def rate(count):
+    count = jnp.asarray(count, jnp.float32)
+    p = jnp.clip((count - warmup) / max(last - warmup, 1), 0.0, 1.0)
+    if group.schedule == 'wsd':
+      span = max(group.decay_share * steps, 1.0)
+      p = jnp.clip((count - (last - span)) / span, 0.0, 1.0)
+    fall = 0.5 * (1.0 - jnp.cos(jnp.pi * p)) if group.schedule == 'cosine' else p
+    share = jnp.ones(()) if group.schedule == 'constant' else 1.0 - (1.0 - group.end) * fall
+    return group.rate * share * jnp.minimum(1.0, (count + 1.0) / max(warmup, 1))
+  return rate
+
+
+def assign_groups(config: OptimizerConfig, paths: list[str]) -> dict[str, str]:
+  """{path: group} by the first rule whose regex is found in the path.
+
+  Raises UserError for a parameter that no rule matches, a group without parameters, and a regex that does not compile.
+  """
+  rules = []
+  for rule in config.rules:
+    pattern, _, group = rule.rpartition('=')
+    rules.append((_compile(pattern, 'optimizer.rules'), group))
+  groups = {}
+  for path in paths:
+    groups[path] = next((group for pattern, group in rules if pattern.search(path)), '')
+    if not groups[path]: raise UserError(f"optimizer.rules: no rule matches parameter {path}; end them with '.*=GROUP'")
+  for group in config.groups:
+    if group not in groups.values(): raise UserError(f'optimizer.groups.{group} has no parameter; mend its rule')
+  return groups
+
+
+def make_optimizer(config: OptimizerConfig, params: Any, steps: int, sweep: Callable | None = None) -> Optimizer:
+  """The optimiser of parameters (arrays or shapes). `sweep`, a function of the count, replaces every schedule.
+
+  Groups with rate 0 are frozen: split off before the gradient, no optimiser state, not counted by any clip.
+  Raises UserError as `assign_groups` does, and if nothing is left to train.
+  """
+  flat = named(params)
+  groups = assign_groups(config, list(flat))
+  frozen = frozenset(path for path, group in groups.items() if config.groups[group].rate == 0)
+  if len(frozen) == len(flat): raise UserError('optimizer.groups: every rate is 0, there is nothing to train')
+  live = {path: group for path, group in groups.items() if path not in frozen}
+  decayed = _decayed(config, flat)
+  transforms = {}
+  for name in sorted(set(live.values())):
+    group = config.groups[name]
+    adam = optax.inject_hyperparams(optax.adamw, static_args=('b1', 'b2', 'eps', 'weight_decay', 'mask'))(
+        learning_rate=sweep or schedule(group, steps), b1=config.b1, b2=config.b2, eps=config.eps,
+        weight_decay=group.weight_decay, mask=lambda tree: {path: path in decayed for path in tree})
+    clip = [optax.clip_by_global_norm(group.clip)] if group.clip else []
+    transforms[name] = optax.chain(*clip, adam)
+  return Optimizer(optax.partition(transforms, live), groups, frozen)
+
+
+def _decayed(config: OptimizerConfig, flat: Flat) -> frozenset[str]:
+  """Paths with weight decay: matrices (vectors and scalars never decay) that `no_decay` does not name."""
+  keep_out = _compile(config.no_decay or r'(?!)', 'optimizer.no_decay')
+  return frozenset(path for path, x in flat.items() if len(x.shape) > 1 and not keep_out.search(path))
+
+
+def _compile(pattern: str, where: str) -> re.Pattern:
+  try:
+    return re.compile(pattern)
+  except re.error as e:
+    raise UserError(f'{where}: {pattern!r} is not a regular expression ({e})') from e
+
+
+def rates(opt_state: Any) -> dict[str, jax.Array]:
+  """{'learning_rate/<group>': the rate that the last update used}."""
+  return {f'learning_rate/{name}': optax.tree.get(inner, 'hyperparams')['learning_rate']
+          for name, inner in sorted(opt_state.inner_states.items())}
+
+
+def apply(optimizer: Optimizer, grads: Flat, opt_state: Any, params: Any) -> tuple[Any, Any]:
+  """(params, opt_state) after one update with the gradients of the trainable parameters; frozen ones pass through."""
+  trainable, frozen = optimizer.split(params)
+  updates, opt_state = optimizer.tx.update(grads, opt_state, trainable)
+  return unnamed({**optax.apply_updates(trainable, updates), **frozen}, params), opt_state
+
+
+def group_table(optimizer: Optimizer, config: OptimizerConfig, params: Any) -> list[dict[str, Any]]:
+  """One row a group: its name, peak rate, number of arrays and of parameters, whether it is frozen."""
+  flat, rows = named(params), []
+  for name, group in config.groups.items():
+    paths = [p for p, g in optimizer.groups.items() if g == name]
+    rows.append({'group': name, 'rate': group.rate, 'frozen': group.rate == 0, 'arrays': len(paths),
+                 'parameters': sum(math.prod(flat[p].shape) for p in paths)})
+  return rows
