@@ -1,10 +1,11 @@
 """One frozen dataclass per memory kind. The codec writes and reads the tag `kind`; 0 and '' mean off or automatic."""
 from typing import TypeVar
 
-from memjax.config.errors import ConfigError
+from memjax.config.errors import refuse
 from memjax.config.options import config, option
 
 MIXERS: dict[str, type] = {}
+SEEDS = 2**31 - 1
 T = TypeVar('T')
 
 
@@ -16,10 +17,6 @@ def mixer(kind: str):
     MIXERS[kind] = cls
     return cls
   return register
-
-
-def _refuse(condition: bool, message: str) -> None:
-  if condition: raise ConfigError(message)
 
 
 @mixer('attention')
@@ -35,8 +32,9 @@ class AttentionConfig:
   out_bias: bool = option(False, 'bias on the output projection')
 
   def __post_init__(self):
-    _refuse(bool(self.kv_heads) and self.heads % self.kv_heads != 0, f'kv_heads={self.kv_heads} does not divide heads={self.heads}')
-    _refuse(self.rotary and self.head_width % 2 == 1, f'head_width={self.head_width} is odd; rotary needs pairs')
+    refuse(bool(self.kv_heads) and self.heads % self.kv_heads != 0,
+           f'kv_heads={self.kv_heads} does not divide heads={self.heads}')
+    refuse(self.rotary and self.head_width % 2 == 1, f'head_width={self.head_width} is odd; rotary needs pairs')
 
 
 @mixer('window')
@@ -48,30 +46,39 @@ class WindowConfig(AttentionConfig):
 @config
 class BindingConfig:
   """How a value is tied to its key (specification section 2)."""
-  kind: str = option('phasor', 'algebra of bind and unbind', choices=('phasor', 'bipolar', 'hrr', 'unitary', 'hlb', 'none'))
-  transform: str = option('', "how hrr and unitary convolve; '' = dft where one is needed", choices=('', 'dft', 'fft', 'folded'))
+  kind: str = option('phasor', 'algebra of bind and unbind',
+                     choices=('phasor', 'bipolar', 'hrr', 'unitary', 'hlb', 'none'))
+  transform: str = option('', "how hrr and unitary convolve; '' = dft where one is needed",
+                          choices=('', 'dft', 'fft', 'folded'))
   squash: str = option('tanh', 'key map of bipolar', choices=('tanh', 'sign'))
-  identity_bias: float = option(2.0, 'added to the real parts of the raw key, so that binding starts near the identity; 0 = off', low=0.0)
+  identity_bias: float = option(2.0, 'added to the real parts of the raw key: binding starts near the identity; 0 = off',
+                                low=0.0)
   eps: float = option(1e-6, 'inside the square root of unit-modulus projections', low=1e-12)
   tie_query: bool = option(False, 'query and key share their projection (their conv taps stay apart)')
   position: str = option('', 'position code multiplied into key and query', choices=('', 'fractional', 'random'))
   position_heads: int = option(0, 'only the first heads carry positions; 0 = all', low=0)
   frequencies: str = option('uniform', 'phases of fractional codes', choices=('uniform', 'geometric'))
-  seed: int = option(0, 'seed of all random keys and permutations', low=0)
+  seed: int = option(0, 'seed of all random keys and permutations', low=0, high=SEEDS)
 
   def __post_init__(self):
-    _refuse(bool(self.transform) and self.kind not in ('hrr', 'unitary'), f'transform={self.transform!r} applies to hrr and unitary, not to {self.kind}')
-    _refuse(bool(self.position) and self.kind in ('none', 'hlb'), f'position={self.position!r} is not supported by kind {self.kind}')
-    _refuse(self.position == 'fractional' and self.kind == 'bipolar', "position='fractional' needs phases; kind bipolar has none (use 'random')")
-    _refuse(self.squash != 'tanh' and self.kind != 'bipolar', f'squash={self.squash!r} applies to bipolar, not to {self.kind}')
-    _refuse(self.position_heads > 0 and not self.position, 'position_heads is set but position is off')
-    _refuse(self.frequencies != 'uniform' and self.position != 'fractional', f"frequencies={self.frequencies!r} applies to position='fractional'")
+    refuse(bool(self.transform) and self.kind not in ('hrr', 'unitary'),
+           f'transform={self.transform!r} applies to hrr and unitary, not to {self.kind}')
+    refuse(bool(self.position) and self.kind in ('none', 'hlb'),
+           f'position={self.position!r} is not supported by kind {self.kind}')
+    refuse(self.position == 'fractional' and self.kind == 'bipolar',
+           "position='fractional' needs phases; kind bipolar has none (use 'random')")
+    refuse(self.squash != 'tanh' and self.kind != 'bipolar',
+           f'squash={self.squash!r} applies to bipolar, not to {self.kind}')
+    refuse(self.position_heads > 0 and not self.position, 'position_heads is set but position is off')
+    refuse(self.frequencies != 'uniform' and self.position != 'fractional',
+           f"frequencies={self.frequencies!r} applies to position='fractional'")
 
 
 @config
 class AddressConfig:
   """Where to write (address), where to read (pick) and how strongly (gate); specification section 3."""
-  kind: str = option('content', 'address map', choices=('content', 'signed', 'softmax', 'sigmoid', 'top1', 'topk', 'scored', 'copies'))
+  kind: str = option('content', 'address map',
+                     choices=('content', 'signed', 'softmax', 'sigmoid', 'top1', 'topk', 'scored', 'copies'))
   source: str = option('own', 'own projections, or the raw key and query streams', choices=('own', 'key'))
   tie: bool = option(False, 'one router matrix for write and read')
   after_conv: bool = option(True, 'routers see the short convolution')
@@ -83,11 +90,12 @@ class AddressConfig:
 
   def __post_init__(self):
     slots_only = ('softmax', 'scored')
-    _refuse(self.source == 'key' and self.kind != 'content', f"source='key' needs kind content, not {self.kind}")
-    _refuse(self.source == 'key' and self.tie, "source='key' has no router to tie")
-    _refuse(self.top_k > 0 and self.kind != 'topk', f'top_k applies to kind topk, not to {self.kind}')
-    _refuse(self.temperature != 1.0 and self.kind not in slots_only, f'temperature applies to softmax and scored, not to {self.kind}')
-    _refuse(self.kind == 'copies' and (self.tie or self.rotary), 'kind copies has no addresses to tie or rotate')
+    refuse(self.source == 'key' and self.kind != 'content', f"source='key' needs kind content, not {self.kind}")
+    refuse(self.source == 'key' and self.tie, "source='key' has no router to tie")
+    refuse(self.top_k > 0 and self.kind != 'topk', f'top_k applies to kind topk, not to {self.kind}')
+    refuse(self.temperature != 1.0 and self.kind not in slots_only,
+           f'temperature applies to softmax and scored, not to {self.kind}')
+    refuse(self.kind == 'copies' and (self.tie or self.rotary), 'kind copies has no addresses to tie or rotate')
 
 
 @config
@@ -103,12 +111,14 @@ class KeepConfig:
   erase: str = option('', "'slot' = gated delta rule over slots", choices=('', 'slot'))
 
   def __post_init__(self):
-    _refuse(self.tie_strength != 0.1 and self.kind != 'tied', f'tie_strength applies to kind tied, not to {self.kind}')
-    _refuse(self.form != 'auto' and self.kind not in ('slot', 'tied', 'static'), f'form={self.form!r} applies to slot, tied and static keep')
+    refuse(self.tie_strength != 0.1 and self.kind != 'tied', f'tie_strength applies to kind tied, not to {self.kind}')
+    refuse(self.form != 'auto' and self.kind not in ('slot', 'tied', 'static'),
+           f'form={self.form!r} applies to slot, tied and static keep')
     spaced = self.kind != 'none' and self.bias == 0
-    _refuse((self.fast > 0 or self.slow > 0) and not spaced, 'fast and slow apply to log-spaced keep (bias 0, kind not none)')
-    _refuse(self.bias != 0 and self.kind in ('none', 'static'), f'bias does not apply to keep kind {self.kind}')
-    _refuse(self.floor < 0 and self.kind in ('none', 'static'), f'floor does not apply to keep kind {self.kind}')
+    refuse((self.fast > 0 or self.slow > 0) and not spaced,
+           'fast and slow apply to log-spaced keep (bias 0, kind not none)')
+    refuse(self.bias != 0 and self.kind in ('none', 'static'), f'bias does not apply to keep kind {self.kind}')
+    refuse(self.floor < 0 and self.kind in ('none', 'static'), f'floor does not apply to keep kind {self.kind}')
 
   @property
   def log_floor(self) -> float:
@@ -143,8 +153,8 @@ class TiersConfig:
   def __post_init__(self):
     changed = [n for n in ('interval', 'rate', 'threshold', 'hard', 'source', 'mix', 'fast_share', 'controller')
                if not self.kind and getattr(self, n) != type(self).__dataclass_fields__[n].default]
-    _refuse(bool(changed), f"{changed[0] if changed else ''} is set but kind is '' (no tiers)")
-    _refuse(self.threshold != 0.5 and not self.hard, 'threshold applies only with hard')
+    refuse(bool(changed), f"{changed[0] if changed else ''} is set but kind is '' (no tiers)")
+    refuse(self.threshold != 0.5 and not self.hard, 'threshold applies only with hard')
 
 
 @config
@@ -181,23 +191,35 @@ class HolographicConfig:
 
   def __post_init__(self):
     b, a, k, f, slots = self.binding, self.address, self.keep, self.form, self.slots or self.key_width
-    _refuse(b.kind == 'phasor' and self.key_width % 2 == 1, f'key_width={self.key_width} is odd; binding kind phasor needs pairs')
-    _refuse(a.source == 'key' and slots != self.key_width, f"address.source='key' needs slots == key_width, not {slots} and {self.key_width}")
-    _refuse(a.rotary and slots % 2 == 1, f'address.rotary needs an even number of slots, not {slots}')
-    _refuse(b.position_heads > self.heads, f'binding.position_heads={b.position_heads} exceeds heads={self.heads}')
-    _refuse(a.kind == 'topk' and bool(slots) and (a.top_k or 2) > slots, f'address.top_k={a.top_k or 2} exceeds slots={slots}')
+    refuse(b.kind == 'phasor' and self.key_width % 2 == 1,
+           f'key_width={self.key_width} is odd; binding kind phasor needs pairs')
+    refuse(a.source == 'key' and self.slots > 0 and self.key_width not in (0, self.slots),
+           f"address.source='key' needs slots == key_width, not {slots} and {self.key_width}")
+    refuse(a.rotary and slots % 2 == 1, f'address.rotary needs an even number of slots, not {slots}')
+    refuse(b.position_heads > self.heads, f'binding.position_heads={b.position_heads} exceeds heads={self.heads}')
+    refuse(a.kind == 'topk' and bool(slots) and (a.top_k or 2) > slots,
+           f'address.top_k={a.top_k or 2} exceeds slots={slots}')
     sequential = k.kind == 'channel' or self.tiers.controller
-    _refuse(sequential and f.kind == 'chunk', "channel keep and tiers.controller have no chunked form; use form.kind='scan'")
-    _refuse(self.tiers.controller and f.kind == 'associative', "tiers.controller depends on the state; use form.kind='scan'")
-    _refuse(k.erase == 'slot' and a.kind not in ('content', 'signed'), f"keep.erase='slot' needs signed unit addresses, not {a.kind}")
-    _refuse(k.erase == 'slot' and a.gate != 'head', "keep.erase='slot' uses address.gate='head' as its step size")
-    _refuse(k.erase == 'slot' and (f.kind == 'associative' or k.kind in ('channel', 'static')), "keep.erase='slot' runs as scan or chunk, with keep none, head, slot or tied")
-    _refuse(a.kind == 'copies' and k.kind not in ('none', 'head', 'channel'), "address.kind='copies' takes keep none, head or channel")
-    _refuse(a.kind == 'scored' and self.binding.kind in ('hrr', 'hlb', 'none'), "address.kind='scored' needs binding phasor, bipolar or unitary")
-    _refuse(bool(self.tiers.kind) and a.kind in ('copies', 'scored'), f'tiers do not go with address.kind={a.kind!r}')
-    _refuse(bool(self.tiers.kind) and (k.erase == 'slot' or k.kind == 'channel' or f.kind == 'associative'), 'tiers do not go with keep.erase, channel keep or the associative form')
-    _refuse(bool(self.tiers.kind) and f.chunk > 0 and self.tiers.interval % f.chunk != 0, f'tiers.interval={self.tiers.interval} is not a multiple of form.chunk={f.chunk}')
-    _refuse(k.form == 'factored' and (f.chunk or 64) * -k.log_floor > 160, f'keep.form=factored needs chunk x |floor| <= 160, not {(f.chunk or 64) * -k.log_floor:g}')
+    refuse(sequential and f.kind == 'chunk',
+            "form.kind='chunk' does not exist for channel keep and tiers.controller; use form.kind='scan'")
+    refuse(self.tiers.controller and f.kind == 'associative',
+           "tiers.controller depends on the state; use form.kind='scan'")
+    refuse(k.erase == 'slot' and a.kind not in ('content', 'signed'),
+           f"keep.erase='slot' needs signed unit addresses, not {a.kind}")
+    refuse(k.erase == 'slot' and a.gate != 'head', "keep.erase='slot' uses address.gate='head' as its step size")
+    refuse(k.erase == 'slot' and (f.kind == 'associative' or k.kind in ('channel', 'static')),
+           "keep.erase='slot' runs as scan or chunk, with keep none, head, slot or tied")
+    refuse(a.kind == 'copies' and k.kind not in ('none', 'head', 'channel'),
+           "address.kind='copies' takes keep none, head or channel")
+    refuse(a.kind == 'scored' and self.binding.kind in ('hrr', 'hlb', 'none'),
+           "address.kind='scored' needs binding phasor, bipolar or unitary")
+    refuse(bool(self.tiers.kind) and a.kind in ('copies', 'scored'), f'tiers do not go with address.kind={a.kind!r}')
+    refuse(bool(self.tiers.kind) and (k.erase == 'slot' or k.kind == 'channel' or f.kind == 'associative'),
+           'tiers do not go with keep.erase, channel keep or the associative form')
+    refuse(bool(self.tiers.kind) and f.chunk > 0 and self.tiers.interval % f.chunk != 0,
+           f'tiers.interval={self.tiers.interval} is not a multiple of form.chunk={f.chunk}')
+    refuse(k.form == 'factored' and (f.chunk or 64) * -k.log_floor > 160,
+           f'keep.form=factored needs chunk x |floor| <= 160, not {(f.chunk or 64) * -k.log_floor:g}')
 
 
 @mixer('holographic_seed')
@@ -213,7 +235,7 @@ class HolographicSeedConfig:
   retrieval_hidden: int = option(-1, 'hidden width of the retrieval MLP; -1 = 2 key_width, 0 = one projection', low=-1)
   dropout: float = option(0.1, 'inside the retrieval MLP', low=0.0, high=0.999)
   immediate: float = option(0.05, 'weight of the immediate reconstruction loss; 0 = off', low=0.0)
-  key_seed: int = option(0, 'seed of the position keys', low=0)
+  key_seed: int = option(0, 'seed of the position keys', low=0, high=SEEDS)
 
   def __post_init__(self):
-    _refuse(self.unitary and self.binding != 'hrr', f"unitary applies to binding='hrr', not to {self.binding}")
+    refuse(self.unitary and self.binding != 'hrr', f"unitary applies to binding='hrr', not to {self.binding}")

@@ -1,9 +1,18 @@
 """The configuration of a run as frozen dataclasses. Never None: 0, '' or () is off or automatic."""
-from memjax.config.errors import ConfigError
-from memjax.config.mixers import MIXERS, AttentionConfig
+import re
+
+from memjax.config.errors import ConfigError, refuse
+from memjax.config.mixers import MIXERS, SEEDS, AttentionConfig
 from memjax.config.options import config, option
 
 GATE = ':gate'
+
+
+def _check_pattern(name: str, pattern: str) -> None:
+  try:
+    re.compile(pattern)
+  except re.error as error:
+    raise ConfigError(f'{name} holds {pattern!r}, which is not a regular expression: {error}') from None
 
 
 def wiring(name: str) -> tuple[tuple[str, ...], bool]:
@@ -33,8 +42,8 @@ class EmbeddingConfig:
   std: float = option(0.02, 'standard deviation of the tables at initialisation', low=0.0)
 
   def __post_init__(self):
-    if (self.position == 'learned') != (self.max_position > 0):
-      raise ConfigError("max_position > 0 goes with position='learned', and only with it")
+    refuse((self.position == 'learned') != (self.max_position > 0),
+            "max_position > 0 goes with position='learned', and only with it")
 
 
 @config
@@ -44,45 +53,47 @@ class ModelConfig:
   hidden: int = option(0, 'F, channels of the feed-forward network; 0 = automatic, -1 = no such network', low=-1)
   vocabulary: int = option(0, 'A, tokens; 0 = that of the tokenizer', low=0)
   mixers: dict[str, object] = option({'attention': AttentionConfig()}, 'name -> memory')
-  pattern: tuple[str, ...] = option(('attention',), "layers that repeat; 'a+b' adds, 'a+b:gate' mixes by a learned gate")
+  pattern: tuple[str, ...] = option(('attention',), "layers that repeat; 'a+b' adds, 'a+b:gate' mixes by a gate")
   repeats: int = option(4, 'I, how often the pattern repeats', low=0)
   prefix: tuple[str, ...] = option((), 'layers before the repeats')
   suffix: tuple[str, ...] = option((), 'layers after the repeats')
   block: BlockConfig = option(BlockConfig(), 'residual block')
   embedding: EmbeddingConfig = option(EmbeddingConfig(), 'embeddings and head')
-  grafted: tuple[str, ...] = option((), 'mixers whose output starts at zero, so that the rest of the model is left as it was')
-  dtype: str = option('float32', 'compute dtype; parameters and state stay float32', choices=('float32', 'bfloat16', 'float64'))
+  grafted: tuple[str, ...] = option((), 'mixers whose output starts at zero, so that the other parts begin undisturbed')
+  dtype: str = option('float32', 'compute dtype; parameters and state stay float32',
+                      choices=('float32', 'bfloat16', 'float64'))
 
   def __post_init__(self):
+    known = f'which is not one of mixers {sorted(self.mixers)}'
+    for name, mixer in self.mixers.items():
+      refuse(not isinstance(mixer, tuple(MIXERS.values())), f'mixers.{name} is not the config of a memory')
     for where in ('prefix', 'pattern', 'suffix'):
       for layer in getattr(self, where):
         names, gated = wiring(layer)
-        for name in names:
-          if name not in self.mixers: raise ConfigError(f'{where} names {name!r}, which is not one of mixers {sorted(self.mixers)}')
-        if len(set(names)) != len(names): raise ConfigError(f'{where} layer {layer!r} names a mixer twice')
-        if gated and len(names) != 2: raise ConfigError(f'{where} layer {layer!r} gates {len(names)} mixers; a gate needs two')
-    for name in self.grafted:
-      if name not in self.mixers: raise ConfigError(f'grafted names {name!r}, which is not one of mixers {sorted(self.mixers)}')
-    if not self.depth: raise ConfigError('the model has no layers')
-    self._check_widths()
+        for name in names: refuse(name not in self.mixers, f'{where} names {name!r}, {known}')
+        refuse(len(set(names)) != len(names), f'{where} layer {layer!r} names a mixer twice')
+        refuse(gated and len(names) != 2, f'{where} layer {layer!r} gates {len(names)} mixers; a gate needs two')
+    for name in self.grafted: refuse(name not in self.mixers, f'grafted names {name!r}, {known}')
+    refuse(not self.depth, 'pattern, prefix and suffix together hold no layers')
+    for name, mixer in self.mixers.items(): self._check_width(f'mixers.{name}', mixer)
 
-  def _check_widths(self):
-    for name, mixer in self.mixers.items():
-      if not isinstance(mixer, tuple(MIXERS.values())): raise ConfigError(f'mixers.{name} is not a mixer config')
-      heads = getattr(mixer, 'heads', 1)
-      given = getattr(mixer, 'head_width', 0) or getattr(mixer, 'key_width', 0)
-      if not given and self.width % heads: raise ConfigError(f'mixers.{name}.heads={heads} does not divide width={self.width}')
-      derived = given or self.width // heads
-      binding = getattr(getattr(mixer, 'binding', None), 'kind', '')
-      if derived % 2 and (getattr(mixer, 'rotary', False) or binding == 'phasor'):
-        raise ConfigError(f'mixers.{name}: {derived} channels a head is odd; it needs pairs')
-      address = getattr(mixer, 'address', None)
-      if address is not None and (mixer.slots or derived) % 2 and address.rotary:
-        raise ConfigError(f'mixers.{name}.address.rotary needs an even number of slots')
-      if address is not None and address.source == 'key' and (mixer.slots or derived) != derived:
-        raise ConfigError(f"mixers.{name}.address.source='key' needs slots == key_width")
-      if mixer.kind == 'holographic_seed' and mixer.key_width < self.width:
-        raise ConfigError(f'mixers.{name}.key_width={mixer.key_width} is below width={self.width}')
+  def _check_width(self, path, mixer):
+    """What a mixer derives from the width of the model must come out even."""
+    heads = getattr(mixer, 'heads', 1)
+    given = getattr(mixer, 'head_width', 0) or getattr(mixer, 'key_width', 0)
+    refuse(not given and self.width % heads != 0, f'{path}.heads={heads} does not divide width={self.width}')
+    derived = given or self.width // heads
+    paired = getattr(mixer, 'rotary', False) or getattr(getattr(mixer, 'binding', None), 'kind', '') == 'phasor'
+    refuse(bool(derived % 2 and paired), f'{path}.heads={heads} leaves {derived} channels a head, an odd number')
+    refuse(mixer.kind == 'holographic_seed' and derived < self.width,
+            f'{path}.key_width={derived} is below width={self.width}')
+    address = getattr(mixer, 'address', None)
+    if address is None: return
+    slots, top = mixer.slots or derived, address.top_k or 2
+    refuse(address.rotary and slots % 2 == 1, f'{path}.address.rotary needs an even number of slots, not {slots}')
+    refuse(address.source == 'key' and slots != derived,
+            f"{path}.address.source='key' needs slots == key_width, not {slots} and {derived}")
+    refuse(address.kind == 'topk' and top > slots, f'{path}.address.top_k={top} exceeds slots={slots}')
 
   @property
   def layers(self) -> tuple[str, ...]:
@@ -98,13 +109,14 @@ class ModelConfig:
 @config
 class TokenizerConfig:
   """How text becomes tokens."""
-  kind: str = option('bytes', 'bytes, a BPE trained on the corpus, a tokenizer.json, or white-space words', choices=('bytes', 'bpe', 'file', 'word'))
+  kind: str = option('bytes', 'bytes, a BPE trained on the corpus, a tokenizer.json, or white-space words',
+                     choices=('bytes', 'bpe', 'file', 'word'))
   size: int = option(0, 'vocabulary of bpe; 0 = 4096', low=0)
   path: str = option('', "tokenizer.json of kind 'file'")
 
   def __post_init__(self):
-    if (self.kind == 'file') != bool(self.path): raise ConfigError("path goes with kind 'file', and only with it")
-    if self.size and self.kind != 'bpe': raise ConfigError(f'size applies to kind bpe, not to {self.kind}')
+    refuse((self.kind == 'file') != bool(self.path), "path goes with kind 'file', and only with it")
+    refuse(self.size > 0 and self.kind != 'bpe', f'size applies to kind bpe, not to {self.kind}')
 
 
 @config
@@ -121,8 +133,8 @@ class DataConfig:
 
   def __post_init__(self):
     for name in ('path', 'hub'):
-      if (self.source == name) != bool(getattr(self, name)): raise ConfigError(f"{name} goes with source '{name}', and only with it")
-    if self.column != 'text' and self.source != 'hub': raise ConfigError("column applies to source 'hub'")
+      refuse((self.source == name) != bool(getattr(self, name)), f"{name} goes with source '{name}', and only with it")
+    refuse(self.column != 'text' and self.source != 'hub', f"column applies to source 'hub', not to {self.source!r}")
 
 
 @config
@@ -140,8 +152,8 @@ class TrainingConfig:
   nan_limit: int = option(3, 'non-finite steps in a row before stopping', low=1)
 
   def __post_init__(self):
-    if self.batch % self.accumulate: raise ConfigError(f'batch={self.batch} is not a multiple of accumulate={self.accumulate}')
-    if self.bptt and self.length % self.bptt: raise ConfigError(f'length={self.length} is not a multiple of bptt={self.bptt}')
+    refuse(self.batch % self.accumulate != 0, f'batch={self.batch} is not a multiple of accumulate={self.accumulate}')
+    refuse(self.length % (self.bptt or 1) != 0, f'length={self.length} is not a multiple of bptt={self.bptt}')
 
 
 @config
@@ -156,8 +168,9 @@ class GroupConfig:
   clip: float = option(1.0, "largest global norm of the group's gradient; 0 = off", low=0.0)
 
   def __post_init__(self):
-    if self.decay_share != 0.2 and self.schedule != 'wsd': raise ConfigError(f'decay_share applies to schedule wsd, not to {self.schedule}')
-    if self.end != 0.1 and self.schedule == 'constant': raise ConfigError('end does not apply to schedule constant')
+    refuse(self.decay_share != 0.2 and self.schedule != 'wsd',
+            f'decay_share applies to schedule wsd, not to {self.schedule}')
+    refuse(self.end != 0.1 and self.schedule == 'constant', 'end does not apply to schedule constant')
 
 
 @config
@@ -168,13 +181,17 @@ class OptimizerConfig:
   b1: float = option(0.9, 'decay of the first moment', low=0.0, high=0.9999)
   b2: float = option(0.95, 'decay of the second moment', low=0.0, high=0.99999)
   eps: float = option(1e-8, 'added to the root of the second moment', low=0.0)
-  no_decay: str = option('(^|/)(bias|scale|taps|table|position)$', "parameters (by path) without weight decay; '' = none")
+  no_decay: str = option('(^|/)(bias|scale|taps|table|position)$',
+                         "regex of parameters without weight decay; '' = none")
 
   def __post_init__(self):
     for rule in self.rules:
       pattern, equals, group = rule.rpartition('=')
-      if not equals or not pattern: raise ConfigError(f"rule {rule!r} is not of the form 'regex=group'")
-      if group not in self.groups: raise ConfigError(f'rule {rule!r} names group {group!r}, which is not one of {sorted(self.groups)}')
+      refuse(not (equals and pattern), f"rules holds {rule!r}, which is not of the form 'regex=group'")
+      refuse(group not in self.groups,
+              f'rules holds {rule!r}, whose group {group!r} is not one of {sorted(self.groups)}')
+      _check_pattern('rules', pattern)
+    _check_pattern('no_decay', self.no_decay)
 
 
 @config
@@ -193,8 +210,10 @@ class EvaluationConfig:
   prompt: str = option('ROMEO:', 'prompt of that sample')
 
   def __post_init__(self):
-    if self.length and self.context >= self.length: raise ConfigError(f'context={self.context} must be below length={self.length}')
-    if self.stream and self.context: raise ConfigError('context does not apply to stream, which carries the memory instead')
+    refuse(0 < self.length <= self.context, f'context={self.context} must be below length={self.length}')
+    refuse(self.stream and self.context > 0, 'context does not apply to stream, which carries the memory instead')
+    refuse(self.patience > 0 and not self.every, 'patience counts evaluations during training; it needs every > 0')
+    refuse(self.min_delta > 0 and not self.patience, 'min_delta applies to early stopping; it needs patience > 0')
 
 
 @config
@@ -218,7 +237,7 @@ class MeshConfig:
 class Config:
   """Everything a run depends on."""
   name: str = option('', 'shown in figures and tables')
-  seed: int = option(0, 'of parameters, data order and dropout', low=0)
+  seed: int = option(0, 'of parameters, data order and dropout', low=0, high=SEEDS)
   model: ModelConfig = option(ModelConfig(), 'decoder')
   data: DataConfig = option(DataConfig(), 'text')
   training: TrainingConfig = option(TrainingConfig(), 'loop')
@@ -228,10 +247,11 @@ class Config:
   mesh: MeshConfig = option(MeshConfig(), 'devices')
 
   def __post_init__(self):
-    if self.training.carry and self.data.order != 'lanes': raise ConfigError("training.carry needs data.order='lanes'")
-    length = self.evaluation.length or self.training.length
-    if self.evaluation.context >= length: raise ConfigError(f'evaluation.context={self.evaluation.context} must be below its length {length}')
-    table = self.model.embedding.max_position
-    if table and self.data.order == 'lanes': raise ConfigError("learned positions end; data.order='lanes' needs model.embedding.position=''")
-    if table and max(self.training.length, length) > table: raise ConfigError(f'rows of {max(self.training.length, length)} tokens exceed model.embedding.max_position={table}')
-    if table and self.evaluation.stream: raise ConfigError("learned positions end; evaluation.stream needs model.embedding.position=''")
+    lanes, table = self.data.order == 'lanes', self.model.embedding.max_position
+    refuse(self.training.carry and not lanes, "training.carry needs data.order='lanes'")
+    length, context = self.evaluation.length or self.training.length, self.evaluation.context
+    refuse(context >= length, f'evaluation.context={context} must be below its length {length}')
+    longest = max(self.training.length, length)
+    refuse(0 < table < longest, f'model.embedding.max_position={table} is below rows of {longest} tokens')
+    refuse(table > 0 and lanes, "data.order='lanes' has no longest row; it needs model.embedding.position=''")
+    refuse(table > 0 and self.evaluation.stream, "evaluation.stream has no end; it needs model.embedding.position=''")
