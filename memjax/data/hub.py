@@ -1,0 +1,74 @@
+"""Parquet files of a dataset on the Hugging Face hub; extra `hub`, imported when used."""
+import fnmatch
+import logging
+import pathlib
+
+from memjax.config.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+CONVERTED = 'refs/convert/parquet'    # where the hub keeps its own parquet copy of datasets in other formats
+
+
+def missing(extra: str, module: str) -> UserError:
+  """The line for an extra that is not installed."""
+  return UserError(f"{module} is not installed; pip install 'memjax[{extra}]'")
+
+
+def patterns(configuration: str, splits: tuple[str, ...]) -> list[str]:
+  """Globs of the parquet files of a split, as datasets on the hub name them."""
+  folders = (f'{configuration}/',) if configuration else ('', 'data/', 'default/')
+  rests = ('.parquet', '-*.parquet', '/*.parquet')
+  return [folder + split + rest for folder in folders for split in splits for rest in rests]
+
+
+def match(root: pathlib.Path, globs: list[str]) -> list[pathlib.Path]:
+  """The files under `root` that fit one of the globs, sorted."""
+  paths = sorted(path for path in root.rglob('*.parquet') if path.is_file())
+  return [path for path in paths if any(fnmatch.fnmatchcase(path.relative_to(root).as_posix(), glob) for glob in globs)]
+
+
+def fetch(name: str, configuration: str, splits: tuple[str, ...]) -> list[pathlib.Path]:
+  """Local copies of the parquet files of a split, in order, from the hub or its cache.
+
+  `splits` are the names under which the split may go. UserError where the extra, the network, the dataset or the
+  split is missing.
+  """
+  try:
+    import huggingface_hub
+  except ImportError as error:
+    raise missing('hub', 'huggingface_hub') from error
+  globs = patterns(configuration, splits)
+  for revision in (None, CONVERTED):
+    try:
+      root = huggingface_hub.snapshot_download(name, repo_type='dataset', revision=revision, allow_patterns=globs)
+    except Exception as error:    # the client raises its own errors, those of its transport and the system's
+      said = f'{type(error).__name__}: {(str(error).strip().splitlines() or [""])[0][:100]}'
+      if not revision:
+        raise UserError(f'cannot get {name} from the hub ({said}); check its name and the network, '
+                        "or use data.source='path'") from error
+      logger.info('%s has no converted copy (%s)', name, said)
+      break
+    if found := match(pathlib.Path(root), globs): return found
+  kind = f'configuration {configuration!r}' if configuration else "none given as in 'owner/name:configuration'"
+  raise UserError(f'{name} on the hub has no parquet files of split {splits[0]} ({kind})')
+
+
+def read_column(paths: list[pathlib.Path], column: str) -> list[str]:
+  """The text column of parquet files, row by row; UserError where it is missing or not text."""
+  try:
+    import pyarrow
+    import pyarrow.parquet
+  except ImportError as error:
+    raise missing('hub', 'pyarrow') from error
+  rows = []
+  for path in paths:
+    try:
+      names = pyarrow.parquet.read_schema(path).names
+      if column not in names: raise UserError(f'{path.name} has no column {column!r}; it has {", ".join(names)}')
+      rows += pyarrow.parquet.read_table(path, columns=[column]).column(0).to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+      raise UserError(f'{path} is not a parquet file: {(str(error).splitlines() or [""])[0]}') from error
+  wrong = next((row for row in rows if row is not None and not isinstance(row, str)), None)
+  if wrong is not None: raise UserError(f'column {column!r} holds {type(wrong).__name__}, not text')
+  return [row or '' for row in rows]
