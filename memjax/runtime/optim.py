@@ -55,23 +55,23 @@ def schedule(group: GroupConfig, steps: int) -> Callable[[jax.Array], jax.Array]
 def assign_groups(config: OptimizerConfig, paths: list[str]) -> dict[str, str]:
   """{path: group} by the first rule whose regex is found in the path.
 
-  Raises UserError for a parameter that no rule matches, a group without parameters, and a regex that does not compile.
+  Raises UserError for a parameter that no rule matches, and for a group without parameters.
   """
-  rules = []
-  for rule in config.rules:
-    pattern, _, group = rule.rpartition('=')
-    rules.append((_compile(pattern, 'optimizer.rules'), group))
+  rules = [rule.rpartition('=') for rule in config.rules]
   groups = {}
   for path in paths:
-    groups[path] = next((group for pattern, group in rules if pattern.search(path)), '')
+    groups[path] = next((group for pattern, _, group in rules if re.search(pattern, path)), '')
     if not groups[path]: raise UserError(f"optimizer.rules: no rule matches parameter {path}; end them with '.*=GROUP'")
   for group in config.groups:
     if group not in groups.values(): raise UserError(f'optimizer.groups.{group} has no parameter; mend its rule')
   return groups
 
 
-def make_optimizer(config: OptimizerConfig, params: Any, steps: int, sweep: Callable | None = None) -> Optimizer:
+def make_optimizer(config: OptimizerConfig, params: Any, steps: int, *, axes: Any = None,
+                   sweep: Callable | None = None) -> Optimizer:
   """The optimiser of parameters (arrays or shapes). `sweep`, a function of the count, replaces every schedule.
+
+  `axes`, the tree of axis names, tells vectors stacked over layers from matrices: vectors never decay.
 
   Groups with rate 0 are frozen: split off before the gradient, no optimiser state, not counted by any clip.
   Raises UserError as `assign_groups` does, and if nothing is left to train.
@@ -81,7 +81,7 @@ def make_optimizer(config: OptimizerConfig, params: Any, steps: int, sweep: Call
   frozen = frozenset(path for path, group in groups.items() if config.groups[group].rate == 0)
   if len(frozen) == len(flat): raise UserError('optimizer.groups: every rate is 0, there is nothing to train')
   live = {path: group for path, group in groups.items() if path not in frozen}
-  decayed = _decayed(config, flat)
+  decayed = _decayed(config, flat, axes)
   transforms = {}
   for name in sorted(set(live.values())):
     group = config.groups[name]
@@ -93,17 +93,12 @@ def make_optimizer(config: OptimizerConfig, params: Any, steps: int, sweep: Call
   return Optimizer(optax.partition(transforms, live), groups, frozen)
 
 
-def _decayed(config: OptimizerConfig, flat: Flat) -> frozenset[str]:
+def _decayed(config: OptimizerConfig, flat: Flat, axes: Any) -> frozenset[str]:
   """Paths with weight decay: matrices (vectors and scalars never decay) that `no_decay` does not name."""
-  keep_out = _compile(config.no_decay or r'(?!)', 'optimizer.no_decay')
-  return frozenset(path for path, x in flat.items() if len(x.shape) > 1 and not keep_out.search(path))
-
-
-def _compile(pattern: str, where: str) -> re.Pattern:
-  try:
-    return re.compile(pattern)
-  except re.error as e:
-    raise UserError(f'{where}: {pattern!r} is not a regular expression ({e})') from e
+  keep_out = re.compile(config.no_decay or r'(?!)')
+  stacked = {path for path, names in named(axes, is_leaf=lambda x: isinstance(x, tuple)).items() if 'layers' in names}
+  return frozenset(path for path, x in flat.items()
+                   if len(x.shape) - (path in stacked) > 1 and not keep_out.search(path))
 
 
 def rates(opt_state: Any) -> dict[str, jax.Array]:

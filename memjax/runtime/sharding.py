@@ -1,6 +1,6 @@
 """Where arrays live: the mesh of a config, logical axis names to mesh axes, batches over devices. Plain JAX."""
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -43,10 +43,11 @@ def check_batch(mesh: Mesh, batch: int, accumulate: int = 1) -> None:
                     f'(mesh.data x mesh.fsdp); use a multiple of {ways * accumulate} or a smaller mesh.data')
 
 
-def spec_for(axes: tuple | None, shape: tuple[int, ...], mesh: Mesh) -> P:
+def spec_for(axes: Iterable | None, shape: tuple[int, ...], mesh: Mesh) -> P:
   """Partition of one array: each named axis on its mesh axes, where they divide it and are not used before."""
   used, spec = set(), []
-  for name, size in zip(axes or (None,) * len(shape), shape, strict=True):
+  names = tuple(axes or ())
+  for name, size in zip(names + (None,) * (len(shape) - len(names)), shape, strict=True):
     target = RULES.get(name)
     names = (target,) if isinstance(target, str) else target or ()
     ways = math.prod(mesh.shape[n] for n in names)
@@ -57,8 +58,9 @@ def spec_for(axes: tuple | None, shape: tuple[int, ...], mesh: Mesh) -> P:
 
 
 def shardings_for(axes_tree: Any, mesh: Mesh, shapes: Any) -> Any:
-  """NamedSharding of every leaf of `shapes`; `axes_tree` has the same structure with tuples of axis names, or None."""
-  axes = jax.tree.leaves(axes_tree, is_leaf=lambda x: x is None or isinstance(x, tuple))
+  """NamedSharding of every leaf of `shapes`; `axes_tree` has the same structure with axis names (tuple,
+  PartitionSpec or None)."""
+  axes = jax.tree.leaves(axes_tree, is_leaf=lambda x: x is None or isinstance(x, tuple | P))
   leaves, treedef = jax.tree.flatten(shapes)
   return treedef.unflatten([NamedSharding(mesh, spec_for(a, leaf.shape, mesh))
                             for a, leaf in zip(axes, leaves, strict=True)])

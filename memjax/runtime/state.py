@@ -1,0 +1,165 @@
+"""The training state and the one compiled step: gradient by micro-batches and segments, update, guard against NaN."""
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from memjax.config.errors import UserError
+from memjax.config.schema import Config, ModelConfig, wiring
+from memjax.models.decoder import init_params, param_shapes
+from memjax.runtime import optim, sharding
+from memjax.runtime.losses import Totals, token_losses
+from memjax.runtime.tree import named, unnamed
+
+
+class TrainState(NamedTuple):
+  """Everything a step depends on and changes; saved whole, so that a resumed run is the same run."""
+  step: Any                            # int32, steps done
+  params: Any                          # float32, nested dict
+  opt_state: Any                       # of the trainable parameters only
+  key: Any                             # uint32 key data; step n uses fold_in(key, n)
+  memory: Any                          # memory carried from step to step; () unless training.carry
+  skipped: Any                         # int32, non-finite steps in a row up to now
+
+
+def check_carry(config: ModelConfig, field: str) -> None:
+  """Raises UserError if a layer holds full attention: its state cannot be carried without end."""
+  for name in sorted({name for layer in config.layers for name in wiring(layer)[0]}):
+    if config.mixers[name].kind == 'attention':
+      raise UserError(f"{field} does not go with full attention (model.mixers.{name}): its state would grow without "
+                      "end; use kind 'window'")
+
+
+def make_init(model: Any, optimizer: optim.Optimizer, config: Config) -> Callable[[], TrainState]:
+  """A function without arguments whose result is the state before the first step; traceable."""
+  if config.training.carry: check_carry(config.model, 'training.carry')
+  def init():
+    key = jax.random.key(config.seed)
+    params = init_params(model, jax.random.fold_in(key, 0))[0]
+    memory = model.init_state(config.training.batch) if config.training.carry else ()
+    zero = jnp.zeros((), jnp.int32)
+    later = jax.random.key_data(jax.random.fold_in(key, 1))
+    return TrainState(zero, params, optimizer.init(params), later, memory, zero)
+  return init
+
+
+def abstract_state(model: Any, optimizer: optim.Optimizer, config: Config, mesh: Mesh) -> TrainState:
+  """Shapes, dtypes and shardings of the state on a mesh, computing nothing.
+
+  Parameters follow their axis names, optimiser moments their parameter, carried memory the rows of the batch; all else
+  is replicated.
+  """
+  shapes = jax.eval_shape(make_init(model, optimizer, config))
+  params = sharding.shardings_for(param_shapes(model)[1], mesh, shapes.params)
+  by_path = {path: (s, leaf.shape) for (path, s), leaf in
+             zip(named(params).items(), jax.tree.leaves(shapes.params), strict=True)}
+  whole = sharding.replicated(mesh)
+  def moment(path, leaf):
+    owner, shape = by_path.get(getattr(path[-1], 'key', None), (whole, leaf.shape))
+    return owner if shape == leaf.shape else whole
+  places = TrainState(whole, params, jax.tree_util.tree_map_with_path(moment, shapes.opt_state), whole,
+                      sharding.batch_shardings(shapes.memory, mesh), whole)
+  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places)
+
+
+def init_state(model: Any, optimizer: optim.Optimizer, config: Config, mesh: Mesh) -> TrainState:
+  """The state before the first step, made in place on the mesh."""
+  places = jax.tree.map(lambda x: x.sharding, abstract_state(model, optimizer, config, mesh))
+  return jax.jit(make_init(model, optimizer, config), out_shardings=places)()
+
+
+def make_forward(model: Any, config: Config) -> Callable:
+  """forward(params, memory, batch, key) -> (Totals, aux, memory) of one micro-batch, cut into segments by bptt.
+
+  With bptt the state crosses segments behind a stop of the gradient and each segment is recomputed in the backward
+  pass; values are those of the uncut row. aux is averaged over segments by their scored tokens.
+  """
+  training = config.training
+  def call(params, memory, batch, key):
+    logits_BxLxA, memory, aux = model.apply({'params': params}, batch['token'], memory, position_BxL=batch['position'],
+                                            mask_BxL=batch.get('mask'), key=key, remat=training.remat)
+    return token_losses(logits_BxLxA, batch['target'], batch['weight']), aux, memory
+
+  def segments(params, memory, batch, key):
+    number = training.length // training.bptt
+    cut = {k: jnp.moveaxis(x.reshape(x.shape[0], number, training.bptt), 1, 0) for k, x in batch.items()}
+    def body(memory, segment):
+      index, part = segment
+      totals, aux, memory = jax.checkpoint(call)(params, memory, part, jax.random.fold_in(key, index))
+      return jax.lax.stop_gradient(memory), (totals, aux)
+    memory, (totals, aux) = jax.lax.scan(body, memory, (jnp.arange(number), cut))
+    share = totals.tokens / jnp.maximum(jnp.sum(totals.tokens), 1)
+    return jax.tree.map(lambda x: jnp.sum(x, 0), totals), jax.tree.map(lambda x: jnp.sum(x * share), aux), memory
+
+  def forward(params, memory, batch, key):
+    if not training.carry: memory = model.init_state(batch['token'].shape[0], training.length if training.bptt else 0)
+    memory = jax.lax.stop_gradient(memory)
+    totals, aux, memory = (segments if training.bptt else call)(params, memory, batch, key)
+    return totals, aux, jax.lax.stop_gradient(memory) if training.carry else ()
+  return forward
+
+
+def make_gradient(model: Any, optimizer: optim.Optimizer, config: Config) -> Callable:
+  """gradient(params, memory, batch, key) -> (gradients of the trainable parameters, Totals, aux, memory).
+
+  The objective is sum of nats / scored tokens of the whole batch + penalty. Micro-batches (training.accumulate) are
+  scanned, and each adds its share, so that the sum equals one big batch; row b is in micro-batch b % accumulate, which
+  leaves every row on its device.
+  """
+  number, forward = config.training.accumulate, make_forward(model, config)
+  cut = lambda x: jnp.moveaxis(x.reshape(x.shape[0] // number, number, *x.shape[1:]), 1, 0)
+  join = lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[0] * x.shape[1], *x.shape[2:])
+
+  def gradient(params, memory, batch, key):
+    trainable, frozen = optimizer.split(params)
+    total = jnp.maximum(jnp.sum(batch['weight'], dtype=jnp.int32), 1)
+    def objective(trainable, memory, part, key):
+      totals, aux, memory = forward(unnamed({**trainable, **frozen}, params), memory, part, key)
+      aux = {name: value * (totals.tokens / total) for name, value in aux.items()}
+      return totals.nats / total + aux['penalty'], (totals, aux, memory)
+    grad = jax.grad(objective, has_aux=True)
+    if number == 1:
+      grads, (totals, aux, memory) = grad(trainable, memory, batch, key)
+      return grads, totals, aux, memory
+    def body(so_far, micro):
+      index, part, memory = micro
+      grads, out = grad(trainable, memory, part, jax.random.fold_in(key, index))
+      return jax.tree.map(jnp.add, so_far, grads), out
+    parts = jnp.arange(number), jax.tree.map(cut, batch), jax.tree.map(cut, memory)
+    grads, (totals, aux, memory) = jax.lax.scan(body, jax.tree.map(jnp.zeros_like, trainable), parts)
+    totals, aux = jax.tree.map(lambda x: jnp.sum(x, 0), (totals, aux))
+    return grads, totals, aux, jax.tree.map(join, memory)
+  return gradient
+
+
+def make_train_step(model: Any, optimizer: optim.Optimizer, config: Config, mesh: Mesh | None = None) -> Callable:
+  """step(state, batch) -> (state, metrics), compiled once; the old state's buffers are given away.
+
+  metrics: float32 device scalars `loss` (nats a scored token, without penalty), `accuracy`, `tokens`, `grad_norm`,
+  `skipped`, `learning_rate/<group>` and what the model reports. If loss or gradient is not finite, parameters,
+  optimiser state and memory stay as they are and `skipped` counts up
+  (optax.apply_if_finite would let the fourth one through).
+  """
+  gradient = make_gradient(model, optimizer, config)
+  def step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+    grads, totals, aux, memory = gradient(state.params, state.memory, batch, key)
+    norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(norm) & jnp.isfinite(totals.nats + aux['penalty'])
+    params, opt_state = optim.apply(optimizer, grads, state.opt_state, state.params)
+    keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+    skipped = jnp.where(finite, 0, state.skipped + 1)
+    new = TrainState(state.step + 1, keep(params, state.params), keep(opt_state, state.opt_state), state.key,
+                     keep(memory, state.memory), skipped)
+    return new, {**aux, **optim.rates(opt_state), **_train_scores(totals), 'grad_norm': norm, 'skipped': skipped}
+  if mesh is None: return jax.jit(step, donate_argnums=0)
+  places = jax.tree.map(lambda x: x.sharding, abstract_state(model, optimizer, config, mesh))
+  return jax.jit(step, donate_argnums=0, out_shardings=(places, sharding.replicated(mesh)))
+
+
+def _train_scores(totals: Totals) -> dict[str, jax.Array]:
+  tokens = jnp.maximum(totals.tokens, 1)
+  return {'loss': totals.nats / tokens, 'accuracy': totals.correct / tokens, 'tokens': totals.tokens}
