@@ -1,0 +1,119 @@
+"""The slot recurrence m_s <- keep_s m_s + address_s bound, read as y = sum_s pick_s m_s: one token, or a sequence in three equal forms.
+
+Slots S superpose bound values of width K per head; `address` comes multiplied by the write gate. Binding and
+unbinding happen outside, before and after: unbinding is linear and shared by the slots, so the slots mix first, and
+the whole is gated linear attention with addresses as keys. `scan` of the one-token functions is the specification;
+`associative` and `chunk` equal it, with gradients.
+"""
+import jax
+import jax.numpy as jnp
+
+from memjax.config.errors import UserError
+from memjax.ops import chunked
+from memjax.ops.carry import carry as carry_over
+
+FORMS, ORDERS = ('scan', 'associative', 'chunk'), ('after', 'before')
+
+
+def slot_write(state_BxHxSxK, bound_BxHxK, address_BxHxS, log_keep=None):
+  """The state after one token: exp(log_keep) * m + address (x) bound, in the dtype of the state.
+
+  Log keep is [B or 1, H, S or 1], [B, H, 1, K] per channel, or None for 1.
+  """
+  dtype = state_BxHxSxK.dtype
+  write = address_BxHxS.astype(dtype)[..., None] * bound_BxHxK.astype(dtype)[:, :, None]
+  if log_keep is None: return state_BxHxSxK + write
+  return jnp.exp((log_keep if log_keep.ndim == 4 else log_keep[..., None]).astype(dtype)) * state_BxHxSxK + write
+
+
+def slot_read(state_BxHxSxK, pick_BxGxHxS):
+  """The read of one token, sum_s pick_s m_s, in the dtype of the state, [B, G, H, K]."""
+  return jnp.einsum('bghs,bhsk->bghk', pick_BxGxHxS.astype(state_BxHxSxK.dtype), state_BxHxSxK)
+
+
+def slot_mix(state_BxHxSxK, bound_BxLxHxK, address_BxLxHxS, pick_BxLxGxHxS, *, log_keep=None, order: str = 'after',
+             reset_BxL=None, mask_BxL=None, form: str = 'chunk', chunk: int = 0, decay: str = 'auto', floor: float = -20.0,
+             carry: str = 'auto'):
+  """(final state, reads [B, L, G, H, K] in the dtype of bound) of L tokens.
+
+  m_t = keep_t m_{t-1} + address_t (x) bound_t; y_t reads m_t, or m_{t-1} with order='before'. `log_keep` <= 0 is
+  None, per head [B, L, H, 1], per slot [B, L, H, S], constant [1, 1, H, S or 1], or per channel [B, L, H, 1, K] (scan
+  and associative only). reset: the state is zero before that token acts. mask False: the token does not exist; it
+  leaves the state bit-equal and reads 0. form: scan | associative | chunk, all equal. chunk 0 = automatic. decay of
+  keeps per slot: exact | factored (needs chunk * |floor| <= 160, where floor is the least log keep that occurs) |
+  auto. carry between chunks: see `ops.carry`. Compute follows the dtype of bound with fp32 accumulation, the state is
+  never narrower than fp32. Raises UserError for names, shapes of log keep, or a form that cannot be had.
+  """
+  _check(form, order, log_keep)
+  inputs = clean(bound_BxLxHxK, address_BxLxHxS, pick_BxLxGxHxS, log_keep=log_keep, reset_BxL=reset_BxL, mask_BxL=mask_BxL)
+  bound, address, pick, log_keep, reset = inputs
+  state = state_BxHxSxK.astype(jnp.promote_types(jnp.float32, state_BxHxSxK.dtype))
+  if form == 'chunk':
+    is_slot = log_keep is not None and log_keep.shape[-1] > 1
+    size = chunked.choose_chunk(bound.shape[1], chunk, is_slot=is_slot, floor=floor)
+    c = chunked.prepare(log_keep, reset, bound.shape[1], chunk=size, decay=decay, floor=floor, order=order)
+    state, y = _chunk(c, state, (bound, address, pick), size, carry)
+  else: state, y = (_scan if form == 'scan' else _associative)(state, inputs, order)
+  y = y.astype(bound.dtype)
+  return state, y if mask_BxL is None else jnp.where(mask_BxL[:, :, None, None, None], y, 0)
+
+
+def _check(form, order, log_keep):
+  if form not in FORMS: raise UserError(f'unknown form {form!r}; one of {", ".join(FORMS)}')
+  if order not in ORDERS: raise UserError(f'unknown order {order!r}; one of {", ".join(ORDERS)}')
+  if log_keep is not None and log_keep.ndim == 5 and form == 'chunk':
+    raise UserError("keep per channel has no chunked form; use form='scan' or 'associative'")
+
+
+def clean(bound, address, pick, *, log_keep, reset_BxL, mask_BxL):
+  """The five inputs (bound, address, pick, log keep in fp32, reset) in compute dtype, with masked tokens neutral even where they are NaN."""
+  dtype = bound.dtype
+  address, pick = address.astype(dtype), pick.astype(dtype)
+  if log_keep is not None: log_keep = log_keep.astype(jnp.promote_types(jnp.float32, dtype))
+  if mask_BxL is None: return bound, address, pick, log_keep, reset_BxL
+  only = lambda x: jnp.where(mask_BxL.reshape(*mask_BxL.shape, *(1,) * (x.ndim - 2)), x, jnp.zeros((), x.dtype))
+  reset = None if reset_BxL is None else reset_BxL & mask_BxL
+  return only(bound), only(address), only(pick), None if log_keep is None else only(log_keep), reset
+
+
+def _scan(state, inputs, order):
+  bound, address, pick, log_keep, reset = inputs
+  if log_keep is not None: log_keep = jnp.broadcast_to(log_keep, (log_keep.shape[0], bound.shape[1], *log_keep.shape[2:]))
+
+  def step(m, token):
+    b, a, p, l, r = token
+    if r is not None: m = jnp.where(r[:, None, None, None], 0, m)
+    y = slot_read(m, p) if order == 'before' else None
+    m = slot_write(m, b, a, l)
+    return m, (slot_read(m, p) if y is None else y).astype(b.dtype)
+  tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (bound, address, pick, log_keep, reset))
+  state, y = jax.lax.scan(step, state, tokens)
+  return state, jnp.moveaxis(y, 0, 1)
+
+
+def _associative(state, inputs, order):
+  bound, address, pick, log_keep, reset = inputs
+  write = address.astype(state.dtype)[..., None] * bound.astype(state.dtype)[:, :, :, None]
+  keep = jnp.ones((1, 1, 1, 1, 1), state.dtype)
+  if log_keep is not None: keep = jnp.exp(log_keep if log_keep.ndim == 5 else log_keep[..., None])
+  if reset is not None: keep = jnp.where(reset[:, :, None, None, None], 0, keep)
+  keep = jnp.broadcast_to(keep, (keep.shape[0], bound.shape[1], *keep.shape[2:]))
+  join = lambda x, y: (x[0] * y[0], y[0] * x[1] + y[1])
+  since, m = jax.lax.associative_scan(join, (keep, write), axis=1)
+  m = m + since * state[:, None]
+  seen = m
+  if order == 'before':
+    seen = jnp.concatenate([state[:, None], m[:, :-1]], 1)
+    if reset is not None: seen = jnp.where(reset[:, :, None, None, None], 0, seen)
+  return m[:, -1], jnp.einsum('blghs,blhsk->blghk', pick.astype(m.dtype), seen)
+
+
+def _chunk(c, state, inputs, size, how):
+  b, a, p = (chunked.cut(x, size) for x in inputs)
+  before, state = carry_over(c, state, chunked.writes(c, b, a), how=how)
+  w = chunked.weights(c, p, a)
+  scale = chunked.enter(c, state.dtype)
+  p = p if scale is None else (p * scale[:, :, :, None]).astype(p.dtype)
+  y = jnp.einsum('bhngti,bhnik->bhngtk', w, b, preferred_element_type=b.dtype)
+  y = y + jnp.einsum('bhngts,bhnsk->bhngtk', p, before.astype(b.dtype), preferred_element_type=b.dtype)
+  return state, chunked.join(y, inputs[0].shape[1])
