@@ -51,7 +51,7 @@ class BindingConfig:
   transform: str = option('', "how hrr and unitary convolve; '' = dft where one is needed",
                           choices=('', 'dft', 'fft', 'folded'))
   squash: str = option('tanh', 'key map of bipolar', choices=('tanh', 'sign'))
-  identity_bias: float = option(2.0, 'added to the real parts of the raw key: binding starts near the identity; 0 = off',
+  identity_bias: float = option(2.0, 'added to the real parts of the raw key, to start near the identity; 0 = off',
                                 low=0.0)
   eps: float = option(1e-6, 'inside the square root of unit-modulus projections', low=1e-12)
   tie_query: bool = option(False, 'query and key share their projection (their conv taps stay apart)')
