@@ -4,8 +4,9 @@ from typing import Any
 from memjax.config.errors import UserError
 from memjax.memory.attention import Attention, Window
 from memjax.memory.base import Memory
+from memjax.memory.holographic_seed import HolographicSeed
 
-MEMORIES: dict[str, type[Memory]] = {'attention': Attention, 'window': Window}
+MEMORIES: dict[str, type[Memory]] = {'attention': Attention, 'window': Window, 'holographic_seed': HolographicSeed}
 
 
 def make_memory(config: Any, width: int, **options: Any) -> Memory:
