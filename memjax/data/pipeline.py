@@ -68,8 +68,10 @@ def train_dataset(tokens: Tokens, config: Config, process_index: int = 0, proces
     return np.int64((phase(config.seed, index // windows, len(tokens)) + int(window) * length) % len(tokens))
 
   # Batching before slicing gives each process a block; slicing after repeat keeps the order independent of their count.
-  order = grain.MapDataset.range(windows).seed(config.seed % 2**32).shuffle().repeat().map_with_index(start)
-  return order.batch(rows)[process_index::process_count].map(lambda at_B: weighted(shuffled(tokens, at_B, length)))
+  order = grain.MapDataset.range(windows).seed(config.seed).shuffle().repeat().map_with_index(start)
+  # Without drop_remainder grain computes the endless length in floating point, which overflows.
+  blocks = order.batch(rows, drop_remainder=True)[process_index::process_count]
+  return blocks.map(lambda at_B: weighted(shuffled(tokens, at_B, length)))
 
 
 def train_batches(tokens: Tokens, config: Config, start_step: int = 0, process_index: int = 0,
