@@ -9,18 +9,20 @@ def mqar(key: jax.Array, *, batch: int, length: int, pairs: int, vocabulary: int
          rewrite: int = 0) -> dict[str, jax.Array]:
   """{'token', 'target', 'position'} int32 and 'weight' bool, [B, L]: multi-query associative recall.
 
-  A row begins with `pairs` (key, value) pairs, keys from the lower half of the vocabulary (never 0), values from the upper,
-  none twice. Of the length - 2 pairs tokens that follow each key stands once at an even offset 2 g, its target there
-  the value; the g are drawn without replacement with p(g) ~ (g + 1)^(power - 1). All other tokens are uniform over the
-  vocabulary. `weight` marks the queries; target is 0 elsewhere. With `rewrite` = R the last R pairs repeat R earlier
-  keys with other values, and the later value is the target; there are then pairs - R queries.
+  A row begins with `pairs` (key, value) pairs, keys from the lower half of the vocabulary (never 0), values from the
+  upper, none twice. Among the length - 2 pairs tokens that follow each key stands once at an even offset 2 g, its
+  target there the value; the g are drawn without replacement with p(g) ~ (g + 1)^(power - 1). All other tokens are
+  uniform over the vocabulary. `weight` marks the queries; target is 0 elsewhere. With `rewrite` = R the last R pairs
+  repeat R earlier keys with other values, and the later value is the target; there are then pairs - R queries.
 
-  Source: Arora et al. 2023 (arXiv 2312.04927), `multiquery_ar` of zoology; R > 0 is ours. UserError for sizes that do not fit.
+  Source: Arora et al. 2023 (arXiv 2312.04927), `multiquery_ar` of zoology; R > 0 is ours. UserError for sizes that do
+  not fit.
   """
   keys, space = pairs - rewrite, (length - 2 * pairs) // 2
   if pairs < 1 or not 0 <= rewrite <= pairs // 2:
-    raise UserError(f'recall needs pairs >= 1 and 0 <= rewrite <= pairs / 2, got pairs={pairs} and rewrite={rewrite}')
-  if space < keys: raise UserError(f'{pairs} pairs and {keys} queries need a length of {2 * (pairs + keys)}, got {length}')
+    raise UserError(f'recall needs pairs >= 1 and 0 <= rewrite <= pairs / 2, got {pairs} and {rewrite}')
+  if space < keys:
+    raise UserError(f'{pairs} pairs and {keys} queries need a length of {2 * (pairs + keys)}, got {length}')
   half = vocabulary // 2
   if half - 1 < keys or vocabulary - half < pairs:
     raise UserError(f'{pairs} pairs need a vocabulary of {2 * pairs + 2}, got {vocabulary}')
@@ -41,6 +43,6 @@ def mqar(key: jax.Array, *, batch: int, length: int, pairs: int, vocabulary: int
 
 
 def _choose(key: jax.Array, logit_M: jax.Array, batch: int, count: int) -> jax.Array:
-  """int32 [batch, count] indices in random order, without replacement, with probabilities softmax(logit) (Gumbel top-k)."""
+  """int32 [batch, count] indices, in random order and without replacement, ~ softmax(logit) (Gumbel top-k)."""
   noise_BxM = jax.random.gumbel(key, (batch, logit_M.shape[0]), logit_M.dtype)
   return jax.lax.top_k(logit_M[None, :] + noise_BxM, count)[1].astype(jnp.int32)
