@@ -3,7 +3,7 @@ import jax
 import jax.numpy as jnp
 
 from memjax.config.errors import UserError
-from memjax.ops.chunked import Chunks
+from memjax.ops.chunked import Chunks, keeps
 
 CARRIES = ('auto', 'scan', 'matmul', 'associative')
 
@@ -24,15 +24,8 @@ def carry(c: Chunks, state_BxHxSxK, write_BxHxNxSxK, *, how: str = 'auto'):
   return {'scan': _scan, 'matmul': _matmul, 'associative': _associative}[how](c, state_BxHxSxK, write_BxHxNxSxK)
 
 
-def _decay(c, N, dtype):
-  """Decay of the state over each whole chunk, [b, H, N, s, 1], zero where a segment starts inside."""
-  decay = jnp.ones((1, 1, N, 1), dtype) if c.total is None else jnp.exp(c.total[..., -1, :])
-  if c.segment is not None: decay = jnp.where(c.segment[..., -1:] == c.entering, decay, 0)
-  return jnp.broadcast_to(decay, (*decay.shape[:2], N, decay.shape[3]))[..., None]
-
-
 def _scan(c, state, write):
-  decay = _decay(c, write.shape[2], write.dtype)
+  decay = keeps(c, write.shape[2], write.dtype)
   if write.shape[2] == 1: return state[:, :, None], decay[:, :, 0] * state + write[:, :, 0]
   step = lambda m, gu: (gu[0] * m + gu[1], m)
   final, before = jax.lax.scan(step, state, (jnp.moveaxis(decay, 2, 0), jnp.moveaxis(write, 2, 0)))
@@ -41,7 +34,7 @@ def _scan(c, state, write):
 
 def _associative(c, state, write):
   join = lambda x, y: (x[0] * y[0], y[0] * x[1] + y[1])
-  decay, after = jax.lax.associative_scan(join, (_decay(c, write.shape[2], write.dtype), write), axis=2)
+  decay, after = jax.lax.associative_scan(join, (keeps(c, write.shape[2], write.dtype), write), axis=2)
   after = after + decay * state[:, :, None]
   return jnp.concatenate([state[:, :, None], after[:, :, :-1]], 2), after[:, :, -1]
 

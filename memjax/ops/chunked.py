@@ -137,6 +137,12 @@ def _halves(c):
   return jnp.exp(_read_total(c) - middle), jnp.exp(middle - c.total)
 
 
+def entered(c: Chunks, x_BxHxNxGxCxS):
+  """What meets the state before the chunk (picks, or scores of it), with the decay of that state, in its own dtype."""
+  scale = enter(c, jnp.promote_types(jnp.float32, x_BxHxNxGxCxS.dtype))
+  return x_BxHxNxGxCxS if scale is None else _scaled(x_BxHxNxGxCxS, scale[:, :, :, None])
+
+
 def weights(c: Chunks, pick_BxHxNxGxCxS, address_BxHxNxCxS):
   """W [B, H, N, G, C, C]: how much of the value that token i bound reaches the read of token t."""
   p, a = pick_BxHxNxGxCxS, address_BxHxNxCxS
@@ -164,8 +170,19 @@ def scores(c: Chunks, probe_BxHxNxGxCxK, bound_BxHxNxCxK, address_BxHxNxCxS):
   return _scaled(sum_up(product, _scaled(a, writing)), reading[:, :, :, None])
 
 
+def left(c: Chunks, address_BxHxNxCxS):
+  """Addresses with the decay from their token to the end of the chunk, in their dtype; zero in earlier segments."""
+  return _scaled(address_BxHxNxCxS, stay(c, jnp.promote_types(jnp.float32, address_BxHxNxCxS.dtype)))
+
+
 def writes(c: Chunks, bound_BxHxNxCxK, address_BxHxNxCxS):
   """What each chunk alone leaves in the slots, in the accumulation dtype, [B, H, N, S, K]."""
   wide = jnp.promote_types(jnp.float32, bound_BxHxNxCxK.dtype)
-  address = _scaled(address_BxHxNxCxS, stay(c, wide))
-  return jnp.einsum('bhnis,bhnik->bhnsk', address, bound_BxHxNxCxK, preferred_element_type=wide)
+  return jnp.einsum('bhnis,bhnik->bhnsk', left(c, address_BxHxNxCxS), bound_BxHxNxCxK, preferred_element_type=wide)
+
+
+def keeps(c: Chunks, count: int, dtype):
+  """Decay of the state over each of `count` whole chunks, [b, H, N, s, 1], zero where a segment starts inside."""
+  decay = jnp.ones((1, 1, count, 1), dtype) if c.total is None else jnp.exp(c.total[..., -1, :])
+  if c.segment is not None: decay = jnp.where(c.segment[..., -1:] == c.entering, decay, 0)
+  return jnp.broadcast_to(decay, (*decay.shape[:2], count, decay.shape[3]))[..., None]
