@@ -25,7 +25,7 @@ from memjax.config.options import parse as parse_text
 from memjax.config.overrides import locate, override
 from memjax.config.schema import Config
 
-IS_FLAG = re.compile(r'--?[A-Za-z]')
+IS_FLAG = re.compile(r'--[A-Za-z]')
 REQUIRED = '--config FILE.py[:arg] is required'
 PATHS = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EROFS)
 
@@ -67,7 +67,7 @@ def parse(argv: Sequence[str], flags: Sequence[Flag], *, takes_config: bool = Tr
   """
   words, table = list(argv), {flag.name: flag for flag in (*flags, *(SHOWS if takes_config else ()))}
   given = [_name(word) for word in _before_dashes(words) if IS_FLAG.match(word)]
-  if {'help', 'h'} & set(given): raise Answer(_help(flags, takes_config, doc))
+  if 'help' in given or '-h' in words: raise Answer(_help(flags, takes_config, doc))
   for word in _before_dashes(words): _check_known(word, table, takes_config)
   config = _find_config(words, given) if takes_config else None
   values, overrides = {flag.name: () if flag.repeated else flag.default for flag in table.values()}, []
@@ -138,7 +138,7 @@ def _configure_logging() -> None:
 
 
 def _name(word: str) -> str:
-  return word.lstrip('-').partition('=')[0]
+  return word[2:].partition('=')[0]
 
 
 def _before_dashes(words: list[str]) -> list[str]:
@@ -146,14 +146,14 @@ def _before_dashes(words: list[str]) -> list[str]:
 
 
 def _check_known(word: str, table: dict[str, Flag], takes_config: bool) -> None:
-  """Raises for a flag that the command does not have. Values that look like flags are refused later anyway."""
+  """Raises for a flag that the command does not have. Values that look like flags are refused, so this sees all."""
   if not IS_FLAG.match(word): return
   name, dotted = _name(word), _name(word).startswith(('config.', 'noconfig.'))
   if not takes_config and (dotted or name == 'config'):
     raise UserError(f'--{name} does not apply: this command takes the configuration from the run it is given')
   switches = {f'no{flag.name}' for flag in table.values() if flag.type is bool}
   known = dotted or name in table or name in switches or (takes_config and name == 'config')
-  if known and word.startswith('--'): return
+  if known: return
   near = [f'--{other}' for other in ('help', *(['config'] if takes_config else []), *table)]
   raise UserError(f'unknown flag {word.partition("=")[0]}' + nearest(f'--{name}', near))
 
@@ -178,7 +178,7 @@ def _pairs(words: list[str], is_switch: Callable[[str], bool], strict: bool = Tr
       if not strict and word != '--': continue
       if strict: raise UserError(_stray(word if word != '--' or not rest else rest[-1], switch))
       return
-    name, equals, text = word.lstrip('-').partition('=')
+    name, equals, text = word[2:].partition('=')
     switch = name if not equals and is_switch(name) else ''
     if switch: text = 'true'
     elif not equals: text = _take_value(name, rest)
@@ -186,7 +186,7 @@ def _pairs(words: list[str], is_switch: Callable[[str], bool], strict: bool = Tr
 
 
 def _take_value(name: str, rest: list[str]) -> str:
-  if rest and rest[-1] != '--' and not (rest[-1].startswith('--') and IS_FLAG.match(rest[-1])): return rest.pop()
+  if rest and rest[-1] != '--' and not IS_FLAG.match(rest[-1]): return rest.pop()
   if name == 'config': raise UserError(REQUIRED)
   raise UserError(f'--{name} wants a value' + (f'; if it is {rest[-1]!r}, write --{name}={rest[-1]}' if rest else ''))
 
@@ -194,7 +194,7 @@ def _take_value(name: str, rest: list[str]) -> str:
 def _stray(word: str, switch: str) -> str:
   if switch and word.lower() in ('true', 'false', 't', 'f', '0', '1'):
     return f'stray argument {word!r}; write --{switch}={word}'
-  return f'stray argument {shown(word)}'
+  return f'stray argument {shown(word)}' + ('; flags begin with --' if re.match('-[A-Za-z]', word) else '')
 
 
 def _is_switch(name: str, table: dict[str, Flag], config: Config | None) -> bool:
