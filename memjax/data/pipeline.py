@@ -74,7 +74,7 @@ def train_dataset(tokens: Tokens, config: Config, process_index: int = 0, proces
   return blocks.map(lambda at_B: weighted(shuffled(tokens, at_B, length)))
 
 
-def train_batches(tokens: Tokens, config: Config, start_step: int = 0, process_index: int = 0,
+def train_batches(tokens: Tokens, config: Config, start_step: int = 0, *, process_index: int = 0,
                   process_count: int = 1) -> Iterator[Batch]:
   """Batches of steps start_step, start_step + 1, ...: a pure function of seed and step, prefetched by a thread.
 
