@@ -112,6 +112,7 @@ def test_bpe_is_the_same_when_trained_again(bpe):
 
 def test_words_are_counted_ordered_and_ended_by_lines(word):
   assert word.words == ['<eos>', 'a', 'b', '<unk>', 'c']    # 3, 3, 2, 1, 1: by count, then by code point
+  assert WordTokenizer.train(['d a c b']).words == ['a', 'b', 'c', 'd', '<eos>']    # not in order of appearance
   assert word.encode(' b  a \n\n c').tolist() == [2, 1, 0, 0, 4]
   assert word.encode('a zebra').tolist() == [1, word.ids[UNK]]
   assert word.encode('').tolist() == [] and word.bos == word.ids[EOS]
