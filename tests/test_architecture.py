@@ -106,7 +106,7 @@ def inherits_words(node, method, documented):
   """Whether a base class of the library, near or far, documents the method."""
   for base in node.bases:
     name = base.id if isinstance(base, ast.Name) else getattr(base, 'attr', '')
-    if name not in documented: continue
+    if name not in documented or name == node.name: continue
     parent, methods = documented[name]
     if method in methods or inherits_words(parent, method, documented): return True
   return False
