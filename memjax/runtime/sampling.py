@@ -109,19 +109,15 @@ class Sampler:
     self.prefill = jax.jit(self._prefill, donate_argnums=1)
     self.decode = jax.jit(self._decode, donate_argnums=1)
 
-  def _feed(self, params, state, token_BxL, position_BxL, mask_BxL=None):
-    logits_BxLxA, state, _ = self.model.apply(
-        {'params': params}, token_BxL, state, position_BxL=position_BxL, mask_BxL=mask_BxL)
+  def _prefill(self, params, state, token_BxL, flow):
+    logits_BxLxA, state, _ = self.model.apply({'params': params}, token_BxL, state, **flow)
     return logits_BxLxA[:, -1], state
-
-  def _prefill(self, params, state, token_BxL, position_BxL, mask_BxL):
-    return self._feed(params, state, token_BxL, position_BxL, mask_BxL)
 
   def _decode(self, params, carry, row_B):
     def body(carry, _):
       logits_BxA, state, position_B, count = carry
       token_B = draw(logits_BxA, self.sampling, row_B, count)
-      logits_BxA, state = self._feed(params, state, token_B[:, None], position_B[:, None])
+      logits_BxA, state = self._prefill(params, state, token_B[:, None], {'position_BxL': position_B[:, None]})
       return (logits_BxA, state, position_B + 1, count + 1), token_B
     carry, token_NxB = jax.lax.scan(body, carry, None, length=self.chunk)
     return carry, token_NxB.T
@@ -136,8 +132,8 @@ class Sampler:
     step = min(self.segment, token_BxL.shape[1])
     for cut in range(0, token_BxL.shape[1], step):
       part = slice(cut, cut + step)
-      token, position, mask = (jnp.asarray(a[:, part]) for a in (token_BxL, position_BxL, mask_BxL))
-      logits_BxA, state = self.prefill(params, state, token, position, None if mask_BxL[:, part].all() else mask)
+      flow = {'position_BxL': position_BxL[:, part], 'mask_BxL': None if mask_BxL[:, part].all() else mask_BxL[:, part]}
+      logits_BxA, state = self.prefill(params, state, token_BxL[:, part], flow)
     position_B = jnp.asarray([prompt.size for prompt in prompts], jnp.int32)
     return logits_BxA, state, position_B, jnp.zeros((), jnp.int32)
 

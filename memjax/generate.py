@@ -1,0 +1,92 @@
+"""Continues text with a trained model: streamed to stdout, at constant memory where the memories are recurrent.
+
+  python -m memjax.generate --workdir runs/default --prompt 'ROMEO:' --max_new_tokens 500 --temperature 0.8
+
+One prompt is printed with its text as that grows; several come as blocks, in order, once all are complete.
+"""
+import dataclasses
+import json
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Sequence
+
+from memjax.config.errors import UserError
+from memjax.config.flags import Flag, run
+
+FLAGS = (
+    Flag('workdir', str, None, 'folder of the training run'),
+    Flag('step', int, 0, 'checkpoint; 0 = the best, else the newest', low=0),
+    Flag('prompt', str, doc='text to continue', repeated=True),
+    Flag('prompt_file', str, '', 'UTF-8 file whose whole text is one more prompt'),
+    Flag('max_new_tokens', int, 200, 'tokens drawn for each prompt', low=1),
+    Flag('temperature', float, 1.0, 'below 1 safer, above 1 more varied; 0 = always the most likely token', low=0.0),
+    Flag('top_k', int, 0, 'draw from the k most likely tokens only; 0 = off', low=0),
+    Flag('top_p', float, 1.0, 'draw from the fewest tokens that hold this share of the probability; 1 = off', high=1.0),
+    Flag('min_p', float, 0.0, 'draw from tokens at least this share as likely as the likeliest; 0 = off', low=0.0, high=1.0),
+    Flag('seed', int, 0, 'of the draws', low=0, high=2 ** 32 - 1),
+    Flag('stop', str, doc='text that ends a continuation (and is left out)', repeated=True),
+    Flag('output', str, '', 'JSON file for prompts, texts and settings'),
+)
+
+
+def read_prompts(prompts: Sequence[str], file: str) -> list[str]:
+  """The prompts of the command line, then that of the file. Raises UserError where there is none, or not UTF-8."""
+  from memjax.data.sources import read_text
+  prompts = [*prompts, *([read_text(pathlib.Path(file))] if file else [])]
+  if not prompts: raise UserError('nothing to continue; give --prompt or --prompt_file')
+  return prompts
+
+
+def check_output(path: str) -> None:
+  """Raises UserError if a file cannot be put there, before anything is computed for it."""
+  folder = os.path.dirname(os.path.abspath(path))
+  if path and os.path.isdir(path): raise UserError(f'--output {path} is a folder')
+  if path and not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
+    raise UserError(f'--output {path}: {folder} is not a folder that can be written to')
+
+
+def ends_of(tokenizer) -> tuple[int, ...]:
+  """Tokens after which a text is over: the document border of subword tokenizers. Bytes and words have none."""
+  return (tokenizer.bos,) if tokenizer.name in ('bpe', 'file') else ()
+
+
+def stream(writer, prompts: Sequence[str], max_new_tokens: int) -> list:
+  """Prints the texts as they come, one prompt live, several as blocks; returns the continuations."""
+  rows = []
+  pieces = writer.stream(prompts, max_new_tokens, into=rows)
+  alone = len(prompts) == 1
+  if alone: sys.stdout.write(prompts[0])
+  for _, piece in pieces:
+    if alone:
+      sys.stdout.write(piece)
+      sys.stdout.flush()
+  for number, row in enumerate(rows, 1):
+    if not alone: sys.stdout.write(f'--- {number} of {len(rows)} ---\n{row.prompt}{row.text}\n')
+  if alone: sys.stdout.write('\n')
+  return rows
+
+
+def main(config, values) -> None:
+  """Continues the prompts; UserError for whatever is wrong with them, the settings or the run."""
+  del config
+  from memjax.runtime.reading import open_run
+  from memjax.runtime.sampling import Sampler, Sampling
+  from memjax.runtime.text import Writer
+  check_output(values['output'])
+  sampling = Sampling(**{name: values[name] for name in ('temperature', 'top_k', 'top_p', 'min_p', 'seed')})
+  prompts = read_prompts(values['prompt'], values['prompt_file'])
+  found = open_run(values['workdir'], values['step'])
+  writer = Writer(Sampler(found.model, sampling), found.params, found.tokenizer, stops=values['stop'],
+                  ends=ends_of(found.tokenizer))
+  started = time.perf_counter()
+  rows = stream(writer, prompts, values['max_new_tokens'])
+  if not values['output']: return
+  report = {'workdir': found.workdir, 'step': found.step, 'config': found.name, **dataclasses.asdict(sampling),
+            'max_new_tokens': values['max_new_tokens'], 'stop': list(values['stop']),
+            'seconds': round(time.perf_counter() - started, 3), 'continuations': [dataclasses.asdict(row) for row in rows]}
+  pathlib.Path(values['output']).write_text(json.dumps(report, ensure_ascii=False, indent=2) + '\n', encoding='utf-8')
+
+
+if __name__ == '__main__': run(main, flags=FLAGS, takes_config=False)

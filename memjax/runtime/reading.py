@@ -1,0 +1,79 @@
+"""A finished (or running) training run as its readers see it: config, tokenizer and the parameters of one checkpoint."""
+import dataclasses
+import os
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from memjax.config.codec import read_config
+from memjax.config.errors import UserError
+from memjax.config.schema import Config
+from memjax.data.sources import read_documents
+from memjax.data.tokenizers import Tokenizer, load_tokenizer
+from memjax.data.tokens import Tokens, tokenize_split
+from memjax.models.decoder import Decoder, build_decoder, param_shapes
+from memjax.runtime.checkpoint import restore_for_reading
+from memjax.runtime.metrics import config_hash
+
+TOKENIZER = 'tokenizer'
+
+
+class Run(NamedTuple):
+  """What evaluate, generate and analyze start from."""
+  workdir: str
+  config: Config             # with the vocabulary filled in
+  model: Decoder
+  params: Any
+  tokenizer: Tokenizer
+  step: int
+  record: dict[str, Any]     # what was saved beside the arrays
+  name: str                  # hash of the config
+
+
+def open_run(workdir: str, step: int = 0) -> Run:
+  """The run in a workdir at its best checkpoint, else the newest, or at `step`; nothing in it is changed.
+
+  Raises UserError for a folder that is missing or not a workdir, no usable checkpoint, and a tokenizer that is not the
+  one of the checkpoint.
+  """
+  config = read_workdir(workdir)
+  name = config_hash(config)
+  tokenizer = load_tokenizer(os.path.join(workdir, TOKENIZER))
+  stated = config.model.vocabulary
+  if stated and stated < tokenizer.vocabulary:
+    raise UserError(f'the tokenizer in {workdir} has {tokenizer.vocabulary} tokens, the model of its config {stated}')
+  config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocabulary=stated or tokenizer.vocabulary))
+  model = build_decoder(config.model)
+  step, params, record = restore_for_reading(workdir, param_shapes(model)[0], step)
+  trained_with = (record.get('data') or {}).get('fingerprint', tokenizer.fingerprint)
+  if trained_with != tokenizer.fingerprint:
+    raise UserError(f'the tokenizer in {workdir} does not match checkpoint {step}: its vocabulary hashes to '
+                    f'{tokenizer.fingerprint[:16]}, the checkpoint was trained with {trained_with[:16]}')
+  return Run(workdir, config, model, jax.tree.map(jnp.asarray, params), tokenizer, step, record, name)
+
+
+def read_workdir(workdir: str) -> Config:
+  """The config of a workdir. Raises UserError for a folder that is missing or that no training run made."""
+  if not os.path.isdir(workdir):
+    raise UserError(f'no such workdir: {workdir}' if not os.path.exists(workdir) else f'{workdir} is a file, not a workdir')
+  if not os.path.exists(os.path.join(workdir, 'config.json')):
+    raise UserError(f'{workdir} is not the workdir of a run: it has no config.json')
+  return read_config(workdir)
+
+
+def read_tokens(found: Run, split: str, file: str = '') -> Tokens:
+  """The tokens of a split of the run's corpus, or those of a text file cut into documents as that corpus is.
+
+  Raises UserError for a corpus that is gone, an unknown split, an empty or non-UTF-8 file, and a text without tokens.
+  """
+  if not file: return tokenize_split(found.config.data, found.tokenizer, split)
+  documents = read_documents(pathlib.Path(file), found.config.data)
+  rows = [row for row in map(found.tokenizer.encode, documents) if row.size]
+  if not rows: raise UserError(f'{file} has no tokens')
+  starts = np.cumsum([0] + [row.size for row in rows[:-1]])
+  size = sum(len(document.encode()) for document in documents)
+  return Tokens(np.concatenate(rows), starts, size, found.tokenizer.fingerprint, found.tokenizer.vocabulary,
+                found.tokenizer.bos, pathlib.Path(file).name, 'text')
