@@ -1,5 +1,7 @@
 """A finished (or running) training run as its readers see it: config, tokenizer and the parameters of one checkpoint."""
 import dataclasses
+import hashlib
+import json
 import os
 import pathlib
 from typing import Any, NamedTuple
@@ -8,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memjax.config.codec import read_config
+from memjax.config.codec import RESUMABLE, leaves, read_config, to_json
 from memjax.config.errors import UserError
 from memjax.config.schema import Config
 from memjax.data.sources import read_documents
@@ -16,7 +18,6 @@ from memjax.data.tokenizers import Tokenizer, load_tokenizer
 from memjax.data.tokens import Tokens, tokenize_split
 from memjax.models.decoder import Decoder, build_decoder, param_shapes
 from memjax.runtime.checkpoint import restore_for_reading
-from memjax.runtime.metrics import config_hash
 
 TOKENIZER = 'tokenizer'
 
@@ -33,6 +34,12 @@ class Run(NamedTuple):
   name: str                  # hash of the config
 
 
+def config_hash(config: Config) -> str:
+  """Eight hexadecimal digits that name a configuration; equal for those that may resume each other."""
+  fixed = {path: value for path, value in leaves(to_json(config)) if path not in RESUMABLE}
+  return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:8]
+
+
 def open_run(workdir: str, step: int = 0) -> Run:
   """The run in a workdir at its best checkpoint, else the newest, or at `step`; nothing in it is changed.
 
@@ -40,7 +47,6 @@ def open_run(workdir: str, step: int = 0) -> Run:
   one of the checkpoint.
   """
   config = read_workdir(workdir)
-  name = config_hash(config)
   tokenizer = load_tokenizer(os.path.join(workdir, TOKENIZER))
   stated = config.model.vocabulary
   if stated and stated < tokenizer.vocabulary:
@@ -52,7 +58,7 @@ def open_run(workdir: str, step: int = 0) -> Run:
   if trained_with != tokenizer.fingerprint:
     raise UserError(f'the tokenizer in {workdir} does not match checkpoint {step}: its vocabulary hashes to '
                     f'{tokenizer.fingerprint[:16]}, the checkpoint was trained with {trained_with[:16]}')
-  return Run(workdir, config, model, jax.tree.map(jnp.asarray, params), tokenizer, step, record, name)
+  return Run(workdir, config, model, jax.tree.map(jnp.asarray, params), tokenizer, step, record, config_hash(config))
 
 
 def read_workdir(workdir: str) -> Config:
