@@ -1,0 +1,99 @@
+"""What a model costs before it is run: floating point operations, parameters by group, bytes of state."""
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
+from memjax.config.schema import Config
+from memjax.models.decoder import param_shapes
+from memjax.runtime import optim
+from memjax.runtime.state import make_gradient, make_init
+from memjax.runtime.tree import nbytes
+
+# One operation an output element. XLA counts exp, log, tanh and their like apart (as transcendentals), and so do we.
+ELEMENTWISE = frozenset((
+    'add', 'add_any', 'sub', 'mul', 'div', 'neg', 'max', 'min', 'abs', 'sign', 'floor', 'ceil', 'round', 'rem', 'square', 'integer_pow',
+    'and', 'or', 'not', 'xor', 'eq', 'ne', 'lt', 'le', 'gt', 'ge', 'select_n', 'clamp', 'convert_element_type', 'is_finite'))
+REDUCE = frozenset((
+    'reduce_sum', 'reduce_max', 'reduce_min', 'reduce_and', 'reduce_or', 'argmax', 'argmin', 'cumsum', 'cummax', 'cumprod'))
+
+
+def count_flops(function: Callable, *args: Any) -> int:
+  """Operations of one call of `function`, from its jaxpr alone (arguments may be shapes; nothing is compiled or run).
+
+  Multiply-add = 2. A scan counts its length times, a `cond` its dearest branch, a `while` (unknown length) once.
+  """
+  return _count(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def _count(jaxpr: Jaxpr) -> int:
+  return sum(_operations(eqn) for eqn in jaxpr.eqns)
+
+
+def _operations(eqn: Any) -> int:
+  name, out = eqn.primitive.name, math.prod(eqn.outvars[0].aval.shape) if eqn.outvars else 0
+  if name == 'dot_general':
+    (contracted, _), _ = eqn.params['dimension_numbers']
+    return 2 * out * math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
+  if name == 'conv_general_dilated':
+    kernel, numbers = eqn.invars[1].aval.shape, eqn.params['dimension_numbers'].rhs_spec
+    return 2 * out * math.prod(kernel[axis] for axis in numbers[1:])
+  if name == 'fft': return round(5 * max(out, 1) * math.log2(max(math.prod(eqn.params['fft_lengths']), 2)))
+  if name in ELEMENTWISE: return out
+  if name in REDUCE: return math.prod(eqn.invars[0].aval.shape)
+  inner = [_count(part) for part in _inner(eqn.params)]
+  if name == 'cond': return max(inner)
+  return sum(inner) * (eqn.params['length'] if name == 'scan' else 1)
+
+
+def _inner(params: dict[str, Any]) -> list[Jaxpr]:
+  """The programs that an operation holds."""
+  values = [v for value in params.values() for v in (value if isinstance(value, tuple | list) else (value,))]
+  return [v.jaxpr if isinstance(v, ClosedJaxpr) else v for v in values if isinstance(v, ClosedJaxpr | Jaxpr)]
+
+
+def forward_flops(model: Any, length: int) -> float:
+  """Operations a token of one call of `length` tokens from an empty memory."""
+  row = jax.ShapeDtypeStruct((1, length), jnp.int32)
+  def call(params, token_BxL, position_BxL):
+    return model.apply({'params': params}, token_BxL, model.init_state(1), position_BxL=position_BxL)[0]
+  return count_flops(call, param_shapes(model)[0], row, row) / length
+
+
+def training_flops(model: Any, optimizer: optim.Optimizer, config: Config) -> float:
+  """Operations a token of the gradient as it is trained: segments, micro-batches and recomputation included."""
+  shape = (config.training.batch, config.training.length)
+  batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in ('token', 'target', 'position')}
+  batch['weight'] = jax.ShapeDtypeStruct(shape, jnp.bool_)
+  state = jax.eval_shape(make_init(model, optimizer, config))
+  gradient = make_gradient(model, optimizer, config)
+  call = lambda params, memory, batch: gradient(params, memory, batch, jax.random.key(0))[0]
+  return count_flops(call, state.params, state.memory, batch) / math.prod(shape)
+
+
+def state_bytes(model: Any, tokens: int) -> tuple[int, int]:
+  """Bytes of memory state a row: (that do not grow with the text, that hold `tokens` tokens of full attention)."""
+  fixed, grown = (nbytes(jax.eval_shape(lambda n=n: model.init_state(1, n))) for n in (0, tokens))
+  return fixed, grown - fixed
+
+
+def cost_table(model: Any, optimizer: optim.Optimizer, config: Config) -> str:
+  """The lines of `--dry_run`: parameters by group, optimiser and state bytes, operations a token."""
+  shapes = param_shapes(model)[0]
+  rows = optim.group_table(optimizer, config.optimizer, shapes)
+  width = max(len('total'), *(len(row['group']) for row in rows))
+  line = lambda name, *cells: f'{name:{width}}  {cells[0]:>10}  {cells[1]:>8}  {cells[2]:>14}'
+  table = [line('group', 'rate', 'arrays', 'parameters')]
+  table += [line(r['group'], 'frozen' if r['frozen'] else f"{r['rate']:g}", r['arrays'], f"{r['parameters']:,}") for r in rows]
+  table += [line('total', '', sum(r['arrays'] for r in rows), f"{sum(r['parameters'] for r in rows):,}"), '']
+  fixed, grown = state_bytes(model, config.training.length)
+  optimiser = nbytes(jax.eval_shape(optimizer.init, shapes))
+  facts = {'layers': f'{config.model.depth}', 'parameter bytes': f'{nbytes(shapes):,}', 'optimiser bytes': f'{optimiser:,}',
+           'state bytes a row': f'{fixed:,}' + (f' + {grown:,} for {config.training.length} tokens of attention' if grown else ''),
+           'FLOPs a token, forward': f'{forward_flops(model, config.training.length):,.0f}',
+           'FLOPs a token, training': f'{training_flops(model, optimizer, config):,.0f}',
+           'tokens a step': f'{config.training.batch * config.training.length:,}'}
+  return '\n'.join(table + [f'{name + ":":26}{value}' for name, value in facts.items()])

@@ -1,0 +1,185 @@
+"""Trains a model, resumes by itself, and ends with the test loss, a sample of text and figures.
+
+  python -m memjax.train --config configs/default.py --workdir runs/default [--config.training.steps=500 ...]
+
+The same command continues an interrupted run: only steps and the intervals of logging, evaluation and saving may change.
+SIGTERM saves and ends with status 75 ("saved, not finished").
+"""
+import contextlib
+import dataclasses
+import logging
+import os
+from typing import Any
+
+from memjax.config.errors import UserError
+from memjax.config.flags import Flag, run
+
+logger = logging.getLogger('memjax.train')
+FLAGS = (
+    Flag('workdir', str, '', 'folder of the run; wanted except with --dry_run'),
+    Flag('resume_from', str, '', 'another run, whose whole state a new workdir continues'),
+    Flag('init_from', str, '', 'another run, whose parameters a new workdir starts from'),
+    Flag('dry_run', bool, False, 'prints the configuration, parameters by group, state bytes and FLOPs, and trains nothing'),
+    Flag('find_lr', bool, False, 'sweeps the learning rate over 100 steps and suggests one'))
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+  """What a config and its tokenizer determine."""
+  config: Any
+  tokenizer: Any
+  model: Any
+  mesh: Any
+  optimizer: Any
+  abstract: Any                        # the training state as shapes with shardings
+
+
+def build(config, tokenizer, sweep=None) -> Parts:
+  """The parts of a run; UserError for groups, meshes and batches that do not fit."""
+  from memjax.models.decoder import build_decoder, param_shapes
+  from memjax.runtime import sharding
+  from memjax.runtime.optim import make_optimizer
+  from memjax.runtime.state import abstract_state
+  mesh = sharding.make_mesh(config.mesh)
+  sharding.check_batch(mesh, config.training.batch, config.training.accumulate)
+  model = build_decoder(config.model)
+  shapes, axes = param_shapes(model)
+  optimizer = make_optimizer(config.optimizer, shapes, config.training.steps, axes=axes, sweep=sweep)
+  return Parts(config, tokenizer, model, mesh, optimizer, abstract_state(model, optimizer, config, mesh))
+
+
+def batches_from(parts: Parts, tokens, step: int):
+  """This process's training batches from a step on."""
+  import jax
+
+  from memjax.data.pipeline import train_batches
+  return train_batches(tokens, parts.config, step, process_index=jax.process_index(), process_count=jax.process_count())
+
+
+def start(parts: Parts, workdir: str, values: dict, identity: dict):
+  """(state, early-stopping counters): of the workdir's newest checkpoint, of another run, or new."""
+  from memjax.runtime.checkpoint import restore
+  from memjax.runtime.loop import Early
+  from memjax.runtime.state import init_state
+  found = restore(workdir, parts.abstract)
+  if found:
+    step, state, record = found
+    if changed := [k for k in identity if record['data'].get(k) != identity[k]]:
+      raise UserError(f'the training text is not that of checkpoint {step} in {workdir}: its {changed[0]} has changed')
+    logger.info('resumed %s at step %d', workdir, step)
+    return state, Early.from_json(record['early'])
+  if values['resume_from']: return _continue(parts, values['resume_from'], identity), Early()
+  state = init_state(parts.model, parts.optimizer, parts.config, parts.mesh)
+  if values['init_from']: state = state._replace(params=_read(parts, values['init_from']))
+  return state, Early()
+
+
+def _continue(parts: Parts, source: str, identity: dict):
+  from memjax.runtime.checkpoint import restore
+  found = restore(source, parts.abstract, put_aside=False)
+  if not found: raise UserError(f'--resume_from {source} holds no checkpoint')
+  step, state, record = found
+  if record['data']['fingerprint'] != identity['fingerprint']: raise UserError(f'the tokenizer of {source} is another one')
+  logger.info('continuing %s from step %d', source, step)
+  return state
+
+
+def _read(parts: Parts, workdir: str):
+  """The parameters of the best checkpoint of a run, on the mesh; the tokenizer must be the same."""
+  import jax
+
+  from memjax.runtime.checkpoint import restore_for_reading
+  step, params, record = restore_for_reading(workdir, parts.abstract.params)
+  if record['data']['fingerprint'] != parts.tokenizer.fingerprint: raise UserError(f'the tokenizer of {workdir} is another one')
+  logger.info('parameters of checkpoint %d in %s', step, workdir)
+  return jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), params, parts.abstract.params)
+
+
+def train(parts: Parts, workdir: str, values: dict) -> int:
+  """Exit status of a whole run: training, then `finish`."""
+  import jax
+
+  from memjax.data.tokens import tokenize_split
+  from memjax.runtime.checkpoint import Checkpoints
+  from memjax.runtime.evaluation import make_scorer
+  from memjax.runtime.loop import DIVERGED, DONE, Trainer
+  from memjax.runtime.metrics import MetricsLog
+  from memjax.runtime.reading import config_hash
+  from memjax.runtime.state import make_train_step
+  config = parts.config
+  splits = {s: tokenize_split(config.data, parts.tokenizer, s) for s in ('train', config.evaluation.split, 'test')}
+  state, early = start(parts, workdir, values, splits['train'].identity)
+  score = make_scorer(parts.model, config, parts.mesh)
+  watch = lambda params: score(params, splits[config.evaluation.split], config.evaluation.batches)
+  step = make_train_step(parts.model, parts.optimizer, config, parts.mesh)
+  with contextlib.ExitStack() as stack:
+    log = stack.enter_context(MetricsLog(workdir, config_hash(config), int(state.step)))
+    checkpoints = Checkpoints(workdir, config.checkpoint)
+    stack.callback(checkpoints.close)
+    trainer = Trainer(config, parts.mesh, step, watch, checkpoints, log, splits['train'].identity, early)
+    state, status = trainer.run(state, batches_from(parts, splits['train'], int(state.step)))
+    if status == DIVERGED: logger.error('lower the learning rate or clip harder; the last good state is checkpoint %d', int(state.step))
+    if status != DONE or jax.process_index() > 0: return status
+    finish(parts, workdir, lambda params: score(params, splits['test']), log)
+  return status
+
+
+def finish(parts: Parts, workdir: str, score, log) -> None:
+  """Scores the best checkpoint on the test split, samples a text, draws the figures; the last line is their path."""
+  from memjax.runtime.sampling import Sampler, Sampling
+  from memjax.runtime.text import Writer
+  params, e = _read(parts, workdir), parts.config.evaluation
+  scores = score(params)
+  log.write(parts.config.training.steps, {f'test/{name}': value for name, value in scores.items()})
+  print(f"test: {scores['bits_per_byte']:.4f} bits per byte, loss {scores['loss']:.4f}, perplexity {scores['perplexity']:.3f}")
+  if e.sample and e.prompt:
+    rows = []
+    writer = Writer(Sampler(parts.model, Sampling(temperature=0.8, seed=parts.config.seed)), params, parts.tokenizer)
+    text = e.prompt + ''.join(piece for _, piece in writer.stream([e.prompt], e.sample, into=rows))
+    log.text(parts.config.training.steps, 'sample', text)
+    print(f'sample:\n{text}')
+  print(os.path.abspath(workdir))
+
+
+def find_rate(config, tokenizer, workdir: str) -> None:
+  """Sweeps the learning rate of all groups that are trained and prints the suggestion; W holds only its results."""
+  from memjax.data.tokens import tokenize_split
+  from memjax.runtime import lr_finder
+  from memjax.runtime.state import init_state, make_train_step
+  parts = build(config, tokenizer, lr_finder.sweep)
+  tokens = tokenize_split(config.data, tokenizer, 'train')
+  state = init_state(parts.model, parts.optimizer, config, parts.mesh)
+  step = make_train_step(parts.model, parts.optimizer, config, parts.mesh)
+  result = lr_finder.find_rate(step, state, batches_from(parts, tokens, 0), parts.mesh)
+  os.makedirs(workdir, exist_ok=True)
+  path = lr_finder.write(workdir, result)
+  print(f"suggested learning rate: {result['suggestion']:.2e} (--config.optimizer.groups.NAME.rate)\n{path}")
+
+
+def main(config, values) -> int:
+  """Exit status: 0 done, 1 diverged, 75 stopped by SIGTERM after saving. UserError for bad input."""
+  import json
+
+  import jax
+
+  from memjax.config.codec import to_json
+  from memjax.runtime import workdir as folder
+  workdir, dry, find = values['workdir'], values['dry_run'], values['find_lr']
+  if not workdir and not dry: raise UserError('--workdir is required: folder of the run')
+  if workdir: folder.check_workdir(workdir, {flag: values[flag] for flag in ('resume_from', 'init_from')})
+  if config.model.dtype == 'float64': jax.config.update('jax_enable_x64', True)
+  tokenizer = folder.open_tokenizer(config, workdir, values['resume_from'] or values['init_from'])
+  config = folder.fill_vocabulary(config, tokenizer)
+  if find: return find_rate(config, tokenizer, workdir)
+  parts = build(config, tokenizer)
+  if dry:
+    from memjax.runtime.flops import cost_table
+    print(f'{json.dumps(to_json(config), indent=2)}\n\n{cost_table(parts.model, parts.optimizer, config)}')
+    return 0
+  if jax.process_index() == 0:
+    folder.claim(workdir, config)
+    if not os.path.isdir(os.path.join(workdir, folder.TOKENIZER)): tokenizer.save(os.path.join(workdir, folder.TOKENIZER))
+  with jax.set_mesh(parts.mesh): return train(parts, workdir, values)
+
+
+if __name__ == '__main__': run(main, flags=FLAGS)
