@@ -102,16 +102,25 @@ def pad_left(prompts: Sequence[np.ndarray], segment: int) -> tuple[np.ndarray, n
 
 
 class Sampler:
-  """Draws tokens from one model in one way; compiles once per batch size and prompt bucket, for all its calls."""
+  """Draws tokens from one model in one way; compiles once per batch size and prompt bucket, for all its calls.
 
-  def __init__(self, model: Any, sampling: Sampling = Sampling(), *, chunk: int = CHUNK, segment: int = SEGMENT):
+  `chunk` tokens are drawn, and up to `segment` of a prompt read, in one call; tokens from `limit` on are never drawn.
+  """
+
+  def __init__(self, model: Any, sampling: Sampling = Sampling(), *, chunk: int = CHUNK, segment: int = SEGMENT, limit: int = 0):
     self.model, self.sampling, self.chunk, self.segment = model, sampling, chunk, segment
+    self.vocabulary = limit or model.config.vocabulary
     self.prefill = jax.jit(self._prefill, donate_argnums=1)
     self.decode = jax.jit(self._decode, donate_argnums=1)
 
+  def within(self, vocabulary: int) -> 'Sampler':
+    """This sampler, or one like it where the model has more tokens than the tokenizer."""
+    if vocabulary >= self.vocabulary: return self
+    return Sampler(self.model, self.sampling, chunk=self.chunk, segment=self.segment, limit=vocabulary)
+
   def _prefill(self, params, state, token_BxL, flow):
     logits_BxLxA, state, _ = self.model.apply({'params': params}, token_BxL, state, **flow)
-    return logits_BxLxA[:, -1], state
+    return logits_BxLxA[:, -1, :self.vocabulary], state
 
   def _decode(self, params, carry, row_B):
     def body(carry, _):
@@ -143,7 +152,7 @@ class Sampler:
     Raises UserError for a prompt without tokens, tokens outside the vocabulary, max_new_tokens < 1, and more tokens
     than learned positions.
     """
-    prompts = check_prompts(prompts, self.model.config.vocabulary)
+    prompts = check_prompts(prompts, self.vocabulary)
     if max_new_tokens < 1: raise UserError(f'max_new_tokens must be at least 1, not {max_new_tokens}')
     total = max(p.size for p in prompts) + max_new_tokens
     table = self.model.config.embedding.max_position

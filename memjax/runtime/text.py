@@ -58,7 +58,7 @@ class Writer:
 
   def __init__(self, sampler: Sampler, params: Any, tokenizer: Tokenizer, *,
                stops: Sequence[str] = (), ends: Sequence[int] = ()):
-    self.sampler, self.params, self.tokenizer = sampler, params, tokenizer
+    self.sampler, self.params, self.tokenizer = sampler.within(tokenizer.vocabulary), params, tokenizer
     self.stops, self.ends = tuple(stops), frozenset(ends)
     StopText(stops)          # an empty stop string is refused here, before anything is computed
 
