@@ -118,11 +118,35 @@ def _causal(c, size):
   return allowed if c.segment is None else allowed & (c.segment[..., :, None] == c.segment[..., None, :])
 
 
-def _head_decay(c, allowed):
+def _head_decay(reading, writing, allowed):
   """One decay per head, [b, H, n, 1, C, C], exact at any keep: differences are masked before exp."""
-  total = c.total[..., 0]
-  difference = _read_total(c)[..., 0][..., :, None] - total[..., None, :]
-  return jnp.exp(jnp.where(allowed, difference, -jnp.inf))[:, :, :, None]
+  return jnp.exp(jnp.where(allowed, reading[..., :, None] - writing[..., None, :], -jnp.inf))[:, :, :, None]
+
+
+@jax.custom_vjp
+def _head_weights(p, a, reading, writing, allowed):
+  """W = (P A^T) * decay for one keep per head; `reading` and `writing` are the sums of log keeps at t and at i."""
+  product = jnp.einsum('bhngts,bhnis->bhngti', p, a, preferred_element_type=p.dtype)
+  return _scaled(product, _head_decay(reading, writing, allowed))
+
+
+def _head_weights_forward(*inputs):
+  return _head_weights(*inputs), inputs
+
+
+def _head_weights_backward(inputs, dw):
+  """Gradients without the C x C decay or the product as residuals: d log keep is P dP at t and -A dA at i (section 4.6)."""
+  p, a, reading, writing, allowed = inputs
+  dw = _scaled(dw, _head_decay(reading, writing, allowed))
+  wide = reading.dtype
+  dp = jnp.einsum('bhngti,bhnis->bhngts', dw, a, preferred_element_type=wide)
+  da = jnp.einsum('bhngti,bhngts->bhnis', dw, p, preferred_element_type=wide)
+  shrink = lambda x, like: jnp.sum(x, tuple(n for n in range(3) if like.shape[n] == 1), keepdims=True)
+  dreading, dwriting = shrink(jnp.sum(p * dp, (3, 5)), reading), -shrink(jnp.sum(a * da, 4), writing)
+  return dp.astype(p.dtype), da.astype(a.dtype), dreading, dwriting, None
+
+
+_head_weights.defvjp(_head_weights_forward, _head_weights_backward)
 
 
 def _slot_decay(c, allowed):
@@ -149,7 +173,7 @@ def weights(c: Chunks, pick_BxHxNxGxCxS, address_BxHxNxCxS):
   allowed = _causal(c, a.shape[3])
   product = lambda p, a: jnp.einsum('bhngts,bhnis->bhngti', p, a, preferred_element_type=p.dtype)
   if c.total is None: return jnp.where(allowed[:, :, :, None], product(p, a), 0)
-  if c.total.shape[-1] == 1: return _scaled(product(p, a), _head_decay(c, allowed))
+  if c.total.shape[-1] == 1: return _head_weights(p, a, _read_total(c)[..., 0], c.total[..., 0], allowed)
   if not c.is_factored:
     return jnp.einsum('bhngts,bhntis->bhngti', p, _slot_decay(c, allowed).astype(p.dtype) * a[:, :, :, None])
   reading, writing = _halves(c)              # masked products may overflow: they are dropped by `where`, never multiplied by zero
@@ -161,7 +185,8 @@ def scores(c: Chunks, probe_BxHxNxGxCxK, bound_BxHxNxCxK, address_BxHxNxCxS):
   a, allowed = address_BxHxNxCxS, _causal(c, address_BxHxNxCxS.shape[3])
   product = jnp.einsum('bhngtk,bhnik->bhngti', probe_BxHxNxGxCxK, bound_BxHxNxCxK, preferred_element_type=a.dtype)
   sum_up = lambda w, a: jnp.einsum('bhngti,bhnis->bhngts', w, a, preferred_element_type=a.dtype)
-  if c.total is not None and c.total.shape[-1] == 1: return sum_up(_scaled(product, _head_decay(c, allowed)), a)
+  if c.total is not None and c.total.shape[-1] == 1:
+    return sum_up(_scaled(product, _head_decay(_read_total(c)[..., 0], c.total[..., 0], allowed)), a)
   product = jnp.where(allowed[:, :, :, None], product, 0)
   if c.total is None: return sum_up(product, a)
   if not c.is_factored:
