@@ -199,6 +199,8 @@ class HolographicConfig:
     refuse(b.position_heads > self.heads, f'binding.position_heads={b.position_heads} exceeds heads={self.heads}')
     refuse(a.kind == 'topk' and bool(slots) and (a.top_k or 2) > slots,
            f'address.top_k={a.top_k or 2} exceeds slots={slots}')
+    refuse(self.loss.gate > 0 and not a.gate, "loss.gate needs a write gate; address.gate is ''")
+    refuse(self.loss.balance > 0 and a.kind == 'copies', "loss.balance needs addresses; address.kind is 'copies'")
     sequential = k.kind == 'channel' or self.tiers.controller
     refuse(sequential and f.kind == 'chunk',
             "form.kind='chunk' does not exist for channel keep and tiers.controller; use form.kind='scan'")
@@ -209,8 +211,8 @@ class HolographicConfig:
     refuse(k.erase == 'slot' and a.gate != 'head', "keep.erase='slot' uses address.gate='head' as its step size")
     refuse(k.erase == 'slot' and (f.kind == 'associative' or k.kind in ('channel', 'static')),
            "keep.erase='slot' runs as scan or chunk, with keep none, head, slot or tied")
-    refuse(a.kind == 'copies' and k.kind not in ('none', 'head', 'channel'),
-           "address.kind='copies' takes keep none, head or channel")
+    refuse(a.kind == 'copies' and k.kind not in ('none', 'head'),
+           "address.kind='copies' takes keep none or head")
     refuse(a.kind == 'scored' and self.binding.kind in ('hrr', 'hlb', 'none'),
            "address.kind='scored' needs binding phasor, bipolar or unitary")
     refuse(bool(self.tiers.kind) and a.kind in ('copies', 'scored'), f'tiers do not go with address.kind={a.kind!r}')

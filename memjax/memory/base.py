@@ -111,6 +111,7 @@ class Memory(nn.Module):
           token_BxL: jax.Array | None = None, collect: bool = False) -> tuple[jax.Array, State, Aux]:
     """(y [B, L, E] before the readout, state, aux): what a wiring needs to weigh memories against each other."""
     if reset_BxL is None: reset_BxL = position_BxL == 0
+    if mask_BxL is not None: x_BxLxD = jnp.where(mask_BxL[..., None], x_BxLxD, 0)     # NaN in padding ends here
     inputs = self.project(x_BxLxD, position_BxL)
     if x_BxLxD.shape[1] == 1:
       first = lambda tree: jax.tree.map(lambda a: a[:, 0], tree)

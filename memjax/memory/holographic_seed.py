@@ -158,6 +158,7 @@ class HolographicSeed(Memory):
     """(c [B, L, K], state, aux); as in the base class, with dropout in `project` and losses taken inside the scan."""
     del token_BxL
     if reset_BxL is None: reset_BxL = position_BxL == 0
+    if mask_BxL is not None: x_BxLxD = jnp.where(mask_BxL[..., None], x_BxLxD, 0)     # NaN in padding ends here
     inputs = self.project(x_BxLxD, position_BxL, key=key)
     state, (y_BxLxK, watched) = self._run(state, inputs, mask_BxL, write_mask_BxL, reset_BxL)
     context = dict(watched=watched, written_BxL=both(mask_BxL, write_mask_BxL))

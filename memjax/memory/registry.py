@@ -4,9 +4,10 @@ from typing import Any
 from memjax.config.errors import UserError
 from memjax.memory.attention import Attention, Window
 from memjax.memory.base import Memory
+from memjax.memory.holographic import Holographic
 from memjax.memory.holographic_seed import HolographicSeed
 
-MEMORIES: dict[str, type[Memory]] = {'attention': Attention, 'window': Window, 'holographic_seed': HolographicSeed}
+MEMORIES: dict[str, type[Memory]] = {'attention': Attention, 'window': Window, 'holographic': Holographic, 'holographic_seed': HolographicSeed}
 
 
 def make_memory(config: Any, width: int, **options: Any) -> Memory:

@@ -1,0 +1,234 @@
+"""The laws of every memory (docs: CONTRIBUTING.md). None may be skipped; tolerances are relative to the largest entry."""
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from memjax.memory.base import Memory
+from memjax.memory.registry import MEMORIES, make_memory
+from tests.laws.cases import FULL, MORE
+
+B, L, D, CUT = 2, 11, 8, 5
+EVERY = {**FULL, **MORE}
+
+
+class Case:
+  """One memory with parameters, inputs and jitted calls shared by all its laws."""
+
+  def __init__(self, config):
+    self.memory = make_memory(config, D)
+    self.x = jax.random.normal(jax.random.key(1), (B, L, D))
+    self.position = jnp.broadcast_to(jnp.arange(L)[None], (B, L)).at[1, 7:].set(jnp.arange(L - 7))
+    self.state = self.memory.init_state(B, L)
+    init = jax.jit(lambda key: self.memory.init(key, self.x, self.state, position_BxL=self.position))
+    self.params = randomise(init(jax.random.key(0)))
+    self.run = jax.jit(lambda params, x, state, position, **flow: self.memory.apply(params, x, state, position_BxL=position, **flow)[:2])
+    self.spec = jax.jit(lambda params, x, state, position, **flow: self.specification(params, x, state, position, **flow))
+
+  def specification(self, params, x, state, position, **flow):
+    """The call with `parallel` replaced by the scan of `step`."""
+    class Slow(type(self.memory)):
+      def parallel(self, *args, **kwargs): return Memory.scan(self, *args, **kwargs)
+    Slow.__name__ = type(self.memory).__name__
+    fields = {n: getattr(self.memory, n) for n in ('config', 'width', 'dtype', 'std', 'grafted')}
+    return Slow(**fields).apply(params, x, state, position_BxL=position, **flow)[:2]
+
+
+def randomise(params):
+  """Parameters that start at zero or one get random values, so that every path carries signal."""
+  def one(path, leaf):
+    key = jax.random.fold_in(jax.random.key(3), sum(map(ord, jax.tree_util.keystr(path))))
+    return leaf + 0.2 * jax.random.normal(key, leaf.shape)
+  return jax.tree_util.tree_map_with_path(one, jax.device_get(nn_unbox(params)))
+
+
+def nn_unbox(params):
+  from flax import linen as nn
+  return nn.unbox(params)
+
+
+@functools.lru_cache(maxsize=None)
+def case(name):
+  return Case(EVERY[name])
+
+
+def close(actual, expected, tolerance=1e-5):
+  def check(a, b):
+    scale = max(1.0, float(jnp.max(jnp.abs(b)))) if b.size else 1.0
+    np.testing.assert_allclose(np.asarray(a, np.float64), np.asarray(b, np.float64), atol=tolerance * scale, rtol=0)
+  jax.tree.map(check, actual, expected)
+
+
+full = pytest.mark.parametrize('name', sorted(FULL))
+every = pytest.mark.parametrize('name', sorted(EVERY))
+
+
+def test_every_registered_kind_is_tested():
+  assert {config.kind for config in FULL.values()} == set(MEMORIES)
+
+
+@every
+def test_zero(name):
+  state = make_memory(EVERY[name], D).init_state(B, L)
+  for leaf in jax.tree.leaves(state):
+    assert leaf.shape[0] == B and not np.asarray(leaf).any()
+
+
+@every
+def test_scan(name):
+  c = case(name)
+  mask = jnp.ones((B, L), bool).at[0, 8:].set(False)
+  close(c.run(c.params, c.x, c.state, c.position), c.spec(c.params, c.x, c.state, c.position))
+  loss = lambda run, p, x: sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(run(p, x, c.state, c.position, mask_BxL=mask)) if leaf.dtype == x.dtype)
+  fast, slow = (jax.jit(jax.grad(functools.partial(loss, run), argnums=(0, 1)))(c.params, c.x) for run in (c.run, c.spec))
+  close(fast, slow)
+
+
+@every
+def test_step(name):
+  c = case(name)
+  y, end = c.run(c.params, c.x, c.state, c.position)
+  state, steps = c.state, []
+  for t in range(L):
+    out, state = c.run(c.params, c.x[:, t:t + 1], state, c.position[:, t:t + 1])
+    steps.append(out)
+  close((jnp.concatenate(steps, 1), state), (y, end))
+
+
+@full
+def test_prefill_of_ragged_rows_then_steps(name):
+  c = case(name)
+  position = jnp.broadcast_to(jnp.arange(L)[None], (B, L))
+  y, end = c.run(c.params, c.x, c.state, position)
+  lengths = (3, CUT)
+  pad = jnp.stack([jnp.pad(c.x[b, :n], ((CUT - n, 0), (0, 0)), constant_values=jnp.nan) for b, n in enumerate(lengths)])
+  mask = jnp.stack([jnp.arange(CUT) >= CUT - n for n in lengths])
+  where = jnp.stack([jnp.clip(jnp.arange(CUT) - (CUT - n), 0) for n in lengths])
+  head, state = c.run(c.params, pad, c.state, where, mask_BxL=mask)
+  for b, n in enumerate(lengths): close(head[b, CUT - n:], y[b, :n])
+  at = jnp.array(lengths)
+  for _ in range(L - CUT):
+    out, state = c.run(c.params, jnp.take_along_axis(c.x, at[:, None, None], 1), state, at[:, None])
+    close(out[:, 0], jnp.stack([y[b, at[b]] for b in range(B)]))
+    at = at + 1
+
+
+@every
+def test_split_anywhere(name):
+  c = case(name)
+  y, end = c.run(c.params, c.x, c.state, c.position)
+  first, state = c.run(c.params, c.x[:, :CUT], c.state, c.position[:, :CUT])
+  second, state = c.run(c.params, c.x[:, CUT:], state, c.position[:, CUT:])
+  close((jnp.concatenate([first, second], 1), state), (y, end))
+
+
+@every
+def test_mask(name):
+  """Holes, padding and NaN in masked tokens change nothing; a padded row equals the compacted row."""
+  c = case(name)
+  hole = jnp.array([[1, 0, 1, 1, 0, 0, 1, 0, 1, 1, 0], [1] * L], bool)
+  keep = np.flatnonzero(np.asarray(hole[0]))
+  position = jnp.cumsum(hole.astype(jnp.int32), 1) - 1
+  y, end = c.run(c.params, jnp.where(hole[..., None], c.x, jnp.nan), c.state, jnp.maximum(position, 0), mask_BxL=hole)
+  assert not np.asarray(y[0])[~np.asarray(hole[0])].any() or name == 'attention-plain'      # an output bias may be all that is left
+  row = lambda tree: jax.tree.map(lambda a: a[:1], tree)
+  alone, alone_end = c.run(c.params, c.x[:1, keep], row(c.state), jnp.arange(len(keep))[None])
+  close((y[:1, keep], row(end)), (alone, alone_end))
+  nothing = jnp.zeros((B, L), bool)
+  chex.assert_trees_all_equal(c.run(c.params, c.x * jnp.nan, end, c.position, mask_BxL=nothing)[1], end)
+
+
+@full
+def test_write_mask(name):
+  """A token that may not write reads like any other and leaves no trace."""
+  c = case(name)
+  write = jnp.ones((B, L), bool).at[:, 4].set(False).at[:, 6].set(False)
+  position = jnp.broadcast_to(jnp.arange(L)[None], (B, L))
+  y, end = c.run(c.params, c.x, c.state, position, write_mask_BxL=write)
+  close((y, end), c.spec(c.params, c.x, c.state, position, write_mask_BxL=write))
+  keep = np.flatnonzero(np.asarray(write[0]))
+  without, without_end = c.run(c.params, c.x[:, keep], c.state, position[:, keep])
+  close((y[:, keep], end), (without, without_end))
+  assert np.abs(np.asarray(y[:, 4])).max() > 0
+
+
+@every
+def test_causal(name):
+  c = case(name)
+  position = jnp.broadcast_to(jnp.arange(1, L + 1)[None], (B, L))
+  t = 6
+  weight = jax.random.normal(jax.random.key(5), (D,))
+  grad = jax.jit(jax.grad(lambda x: c.run(c.params, x, c.state, position)[0][0, t] @ weight))(c.x)
+  size = np.abs(np.asarray(grad)).max(-1)
+  assert not size[0, t + 1:].any() and not size[1].any() and np.isfinite(size).all()
+  assert size[0, t] > 0
+  if c.memory.reaches_back: assert size[0, t - 1] > 0 and (size[0, t - 2:t] > 0).all()
+
+
+@full
+def test_reset_forgets_everything(name):
+  c = case(name)
+  y, end = c.run(c.params, c.x, c.state, c.position)
+  other, other_end = c.run(c.params, c.x.at[1, :7].add(1.0), c.state, c.position)
+  row = lambda tree: jax.tree.map(lambda a: a[1], tree)
+  chex.assert_trees_all_equal((row(end), y[1, 7:]), (row(other_end), other[1, 7:]))
+  close(y[1, 7:], c.run(c.params, c.x[1:, 7:], jax.tree.map(lambda a: a[1:], c.state), c.position[1:, 7:])[0][0])
+
+
+@full
+def test_identity_when_grafted(name):
+  memory = make_memory(EVERY[name], D, grafted=True)
+  c = case(name)
+  params = jax.device_get(nn_unbox(memory.init(jax.random.key(0), c.x, c.state, position_BxL=c.position)))
+  host = jax.random.normal(jax.random.key(8), (B, L, D))
+  out = jax.jit(lambda host: host + memory.apply(params, host, c.state, position_BxL=c.position)[0])(host)
+  chex.assert_trees_all_equal(out, host)
+
+
+@every
+def test_reach(name):
+  """Every parameter gets a finite, non-zero gradient from the outputs and the enabled auxiliary losses."""
+  c = case(name)
+  def loss(params):
+    y, _, aux = c.memory.apply(params, c.x, c.state, position_BxL=c.position, key=jax.random.key(4), token_BxL=jnp.arange(B * L).reshape(B, L))
+    return jnp.mean(jnp.square(y - 1)) + aux['penalty']
+  for path, leaf in jax.tree_util.tree_leaves_with_path(jax.jit(jax.grad(loss))(c.params)):
+    assert np.isfinite(leaf).all() and np.abs(leaf).max() > 0, jax.tree_util.keystr(path)
+
+
+@full
+def test_traced_once(name):
+  c = case(name)
+  chex.clear_trace_counter()
+  run = jax.jit(chex.assert_max_traces(lambda *args: c.memory.apply(*args[:3], position_BxL=args[3])[0], n=1))
+  run(c.params, c.x, c.state, c.position)
+  run(c.params, c.x + 1, c.state, c.position)
+
+
+@full
+def test_dtype(name):
+  """bf16 compute keeps an fp32 state and stays within 2e-2."""
+  c = case(name)
+  memory = make_memory(EVERY[name], D, dtype=jnp.bfloat16)
+  state = memory.init_state(B, L)
+  assert all(leaf.dtype in (jnp.float32, jnp.int32) for leaf in jax.tree.leaves(state))
+  y, end, _ = jax.jit(lambda x: memory.apply(c.params, x, state, position_BxL=c.position))(c.x.astype(jnp.bfloat16))
+  assert y.dtype == jnp.bfloat16 and jax.tree.map(lambda a: a.dtype, end) == jax.tree.map(lambda a: a.dtype, state)
+  exact = c.run(c.params, c.x.astype(jnp.bfloat16).astype(jnp.float32), c.state, c.position)[0]
+  error = np.asarray(y, np.float32) - np.asarray(exact)
+  assert np.sqrt((error ** 2).mean()) <= 2e-2 * np.sqrt((np.asarray(exact) ** 2).mean())
+
+
+@full
+def test_mesh(name):
+  c = case(name)
+  x, position = jnp.tile(c.x, (4, 1, 1)), jnp.tile(c.position, (4, 1))
+  state = c.memory.init_state(4 * B, L)
+  expected = c.run(c.params, x, state, position)
+  mesh = jax.make_mesh((8,), ('data',), axis_types=(jax.sharding.AxisType.Auto,))
+  rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('data'))
+  actual = jax.block_until_ready(c.run(c.params, *jax.device_put((x, state, position), rows)))
+  close(jax.device_get(actual), jax.device_get(expected))
