@@ -181,7 +181,7 @@ class OptimizerConfig:
   b1: float = option(0.9, 'decay of the first moment', low=0.0, high=0.9999)
   b2: float = option(0.95, 'decay of the second moment', low=0.0, high=0.99999)
   eps: float = option(1e-8, 'added to the root of the second moment', low=0.0)
-  no_decay: str = option('(^|/)(bias|scale|taps|table|position)$',
+  no_decay: str = option('(^|[/_])(bias|scale|taps|table|position)$',
                          "regex of parameters without weight decay; '' = none")
 
   def __post_init__(self):

@@ -1,0 +1,18 @@
+"""The hybrid: window attention and holographic memory in turn, on the bundled Shakespeare corpus, byte level.
+
+python -m memjax.train --config configs/default.py --workdir runs/default
+"""
+from memjax.config.codec import thaw
+from memjax.config.mixers import HolographicConfig, WindowConfig
+from memjax.config.schema import Config, EvaluationConfig, GroupConfig, ModelConfig, OptimizerConfig, TrainingConfig
+
+
+def get_config():
+  """The configuration."""
+  return thaw(Config(
+      name='hybrid',
+      model=ModelConfig(width=128, mixers={'swa': WindowConfig(heads=4, window=64), 'mem': HolographicConfig(heads=4)},
+                        pattern=('swa', 'mem'), repeats=2),
+      training=TrainingConfig(steps=500, batch=16, length=256),
+      optimizer=OptimizerConfig(groups={'main': GroupConfig(rate=3e-3, warmup=50)}),
+      evaluation=EvaluationConfig(every=250, batches=16)))

@@ -1,0 +1,18 @@
+"""A first look and the tests' model: the hybrid in miniature, well under a minute on a CPU.
+
+python -m memjax.train --config configs/tiny.py --workdir runs/tiny
+"""
+from memjax.config.codec import thaw
+from memjax.config.mixers import HolographicConfig, WindowConfig
+from memjax.config.schema import Config, EvaluationConfig, GroupConfig, ModelConfig, OptimizerConfig, TrainingConfig
+
+
+def get_config():
+  """The configuration."""
+  return thaw(Config(
+      name='tiny',
+      model=ModelConfig(width=64, mixers={'swa': WindowConfig(heads=4, window=32), 'mem': HolographicConfig(heads=4)},
+                        pattern=('swa', 'mem'), repeats=1),
+      training=TrainingConfig(steps=100, batch=8, length=128),
+      optimizer=OptimizerConfig(groups={'main': GroupConfig(rate=5e-3, warmup=10)}),
+      evaluation=EvaluationConfig(batches=8, sample=100)))
