@@ -108,14 +108,15 @@ class HolographicSeed(Memory):
   def gates(self, state: SeedState, inputs: SeedInputs) -> jax.Array:
     """g [B, S] of one token from the state before its write; 1 without gating, which keeps only the newest item."""
     if not self.config.gating: return jnp.ones(state.m_BxSxK.shape[:2], self.state_dtype)
-    weights = (weight.astype(self.state_dtype) for weight in self.gate_weights)
-    return ops.write_gate(state.m_BxSxK, inputs.gate_BxLxD.astype(self.state_dtype), *weights)
+    weights = [weight.astype(self.state_dtype) for weight in self.gate_weights]
+    return ops.write_gate(state.m_BxSxK, inputs.gate_BxLxD.astype(self.state_dtype), weights)
 
   def superpose(self, state: SeedState, inputs: SeedInputs) -> jax.Array:
     """The slots [B, S, K] after the write of one token and before their norm."""
     c = self.config
     value_BxK = inputs.value_BxLxK.astype(self.state_dtype)
-    return ops.superpose(c.binding, state.m_BxSxK, inputs.key_BxLxK, value_BxK, self.gates(state, inputs), c.decay)
+    gate_BxS = self.gates(state, inputs)
+    return ops.superpose(c.binding, state.m_BxSxK, inputs.key_BxLxK, value_BxK, gate_BxS=gate_BxS, decay=c.decay)
 
   def write(self, state: SeedState, inputs: SeedInputs) -> SeedState:
     """norm((1 - g) (1 - decay) m + g bind(p, v))."""
@@ -132,10 +133,10 @@ class HolographicSeed(Memory):
 
   def parallel(self, state, inputs, mask_BxL=None, *, write_mask_BxL=None, reset_BxL=None):
     """The scan of `step`, keeping one state in 64 for the gradient."""
-    state, (y_BxLxE, _) = self._run(state, inputs, mask_BxL, write_mask_BxL, reset_BxL)
+    state, (y_BxLxE, _) = self._run(state, inputs, mask_BxL, write_mask_BxL=write_mask_BxL, reset_BxL=reset_BxL)
     return state, y_BxLxE
 
-  def _run(self, state, inputs, mask_BxL, write_mask_BxL, reset_BxL):
+  def _run(self, state, inputs, mask_BxL, *, write_mask_BxL, reset_BxL):
     """(state, (y, what `aux` and `statistics` need of each token)); what nobody uses is never computed."""
     def token(state, token):
       inputs, mask_B, write_mask_B, reset_B = token
@@ -160,7 +161,7 @@ class HolographicSeed(Memory):
     if reset_BxL is None: reset_BxL = position_BxL == 0
     if mask_BxL is not None: x_BxLxD = jnp.where(mask_BxL[..., None], x_BxLxD, 0)     # NaN in padding ends here
     inputs = self.project(x_BxLxD, position_BxL, key=key)
-    state, (y_BxLxK, watched) = self._run(state, inputs, mask_BxL, write_mask_BxL, reset_BxL)
+    state, (y_BxLxK, watched) = self._run(state, inputs, mask_BxL, write_mask_BxL=write_mask_BxL, reset_BxL=reset_BxL)
     context = dict(watched=watched, written_BxL=both(mask_BxL, write_mask_BxL))
     aux = self.aux(state, inputs, y_BxLxK, **context)
     if collect: aux['statistics'] = self.statistics(state, inputs, y_BxLxK, **context)

@@ -49,13 +49,17 @@ def retrieve(binding: str, m_BxSxK, query_BxK, score_BxK):
   return unbind(binding, query_BxK, jnp.einsum('bs,bsk->bk', alpha_BxS, m_BxSxK)), alpha_BxS
 
 
-def write_gate(m_BxSxK, hidden_BxD, sizes_SxD, out_DxS, bias_S):
-  """g = sigmoid(G2 gelu(G1 [q; v; |m_1| ... |m_S|] + b) + b), [B, S]; `hidden` is G1 [q; v] + b."""
+def write_gate(m_BxSxK, hidden_BxD, weights):
+  """g = sigmoid(G2 gelu(G1 [q; v; |m_1| ... |m_S|] + b) + b), [B, S]; `hidden` is G1 [q; v] + b.
+
+  weights: the rows of G1 for the sizes [S, D], G2 [D, S] and its bias [S].
+  """
+  sizes_SxD, out_DxS, bias_S = weights
   hidden_BxD = jax.nn.gelu(hidden_BxD + slot_sizes(m_BxSxK) @ sizes_SxD, approximate=False)
   return jax.nn.sigmoid(hidden_BxD @ out_DxS + bias_S[None])
 
 
-def superpose(binding: str, m_BxSxK, key_BxK, value_BxK, gate_BxS, decay: float):
+def superpose(binding: str, m_BxSxK, key_BxK, value_BxK, *, gate_BxS, decay: float):
   """(1 - g_s) (1 - decay) m_s + g_s bind(p, v), [B, S, K]: the slots after the write and before their norm."""
   bound_BxK = bind(binding, key_BxK, value_BxK)
   return ((1 - gate_BxS) * (1 - decay))[..., None] * m_BxSxK + gate_BxS[..., None] * bound_BxK[:, None]
