@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from memjax.config.errors import UserError
-from memjax.config.mixers import AttentionConfig
+from memjax.config.mixers import AttentionConfig, FormConfig, HolographicConfig
 from memjax.config.schema import MeshConfig
 from memjax.models.decoder import build_decoder, param_shapes
 from memjax.runtime import optim, sharding, state
@@ -74,10 +74,15 @@ def test_segments_keep_values_and_cut_gradients(monkeypatch):
   close(gradient_of(model, model.params(), toy.tiny(bptt=4))[0], full[0])
 
 
-def test_segments_of_the_decoder_keep_values():
-  model = build_decoder(toy.MODEL)
+def test_segments_of_a_holographic_decoder_keep_values():
+  scanned = HolographicConfig(heads=2, form=FormConfig(kind='scan'))
+  model = build_decoder(dataclasses.replace(toy.MODEL, mixers={'near': scanned}))
   params = state.init_params(model, jax.random.key(0))[0]
-  close(gradient_of(model, params, toy.tiny(bptt=4))[1], gradient_of(model, params, toy.tiny())[1])
+  cut, whole = (gradient_of(model, params, toy.tiny(bptt=n)) for n in (4, 0))
+  assert int(cut[1].correct) == int(whole[1].correct)
+  assert float(cut[1].nats) == pytest.approx(float(whole[1].nats), rel=1e-6)
+  table = [g['repeats/layer_0/mixers/near/projections/value/kernel'] for g in (cut[0], whole[0])]
+  assert float(jnp.max(jnp.abs(table[0] - table[1]))) > 1e-6
 
 
 def test_carried_memory_continues_rows_and_restarts_at_position_zero():

@@ -35,7 +35,7 @@ def batch(seed=0, rows=8, length=8, ragged=True):
 class Recurrent:
   """s <- tanh(A s + e(token)), logits = W s; reset at position 0; token 10 gives NaN logits where `poison`."""
 
-  def __init__(self, poison=False): self.poison = poison
+  def __init__(self, poison=False): self.poison, self.config = poison, MODEL
 
   def init_state(self, rows, max_len=0): return {'s': jnp.zeros((rows, 4))}
 
