@@ -156,8 +156,11 @@ def _slot_decay(c, allowed):
 
 
 def _halves(c):
-  """The two factors of decay around the middle of the chunk's total: reading [b, H, n, C, s] and writing."""
-  middle = c.total[..., -1:, :] / 2
+  """The two factors of decay around the middle of the chunk's total: reading [b, H, n, C, s] and writing.
+
+  The middle cancels, so it has no gradient: rounding would let later keeps leak into it.
+  """
+  middle = jax.lax.stop_gradient(c.total[..., -1:, :] / 2)
   return jnp.exp(_read_total(c) - middle), jnp.exp(middle - c.total)
 
 

@@ -64,10 +64,12 @@ def slot_copies(state_BxHxSxK, bound_BxLxHxSxK, *, gate_BxLxH=None, log_keep=Non
   """(final state, states seen by each token [B, L, H, S, K]) of S permuted copies: m_s <- keep m_s + gate bound_s.
 
   The caller binds with S permuted keys and unbinds each copy with its own query (Danihelka et al. 2016); the mean over
-  copies has 1/S of the crosstalk variance. Keep is None, per head [B, L, H, 1] or [1, 1, H, 1]. Other options of `slot_mix`.
+  copies has 1/S of the crosstalk variance. Keep is None, per head [B, L, H, 1], or per channel [B, L, H, 1, K] (not in
+  chunks). Other options of `slot_mix`.
   """
   B, L, H, S, K = bound_BxLxHxSxK.shape
-  if log_keep is not None and log_keep.shape[-1] != 1: raise UserError('permuted copies take one keep per head')
+  if log_keep is not None and log_keep.ndim == 5: log_keep = jnp.tile(log_keep, S)
+  elif log_keep is not None and log_keep.shape[-1] != 1: raise UserError('permuted copies take one keep per head, or per channel')
   one = jnp.ones((1, 1, 1, 1), bound_BxLxHxSxK.dtype)
   address = jnp.broadcast_to(one if gate_BxLxH is None else gate_BxLxH[..., None], (B, L, H, 1))
   pick, bound = jnp.broadcast_to(one[None], (B, L, 1, H, 1)), bound_BxLxHxSxK.reshape(B, L, H, S * K)
