@@ -1,0 +1,1 @@
+"""What `analyze` looks at: numbers of a trained memory, measured and observed, and their figures."""
