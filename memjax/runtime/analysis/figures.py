@@ -49,7 +49,7 @@ def draw_state_norms(figure: Any, report: dict) -> None:
 def draw_slot_use(figure: Any, report: dict) -> None:
   """Use and pick of each slot by layer, and effective slots."""
   layers = addressed(report)[:4]
-  axes = np.atleast_1d(figure.subplots(1, len(layers) + 1, width_ratios=[2] * len(layers) + [1.3]))
+  axes = np.atleast_1d(figure.subplots(1, len(layers) + 1, width_ratios=[2] * len(layers) + [max(1.3, 0.35 * len(addressed(report)))]))
   for layer, place in zip(layers, axes, strict=False):
     use, slot = np.asarray(layer['use']).mean(0), np.arange(layer['slots'])
     place.bar(slot - 0.2, use, 0.4, color=lines.BLUE, label='written to')
@@ -58,9 +58,10 @@ def draw_slot_use(figure: Any, report: dict) -> None:
       place.axhline(1 / layer['slots'], color=lines.GREY, linewidth=1, linestyle='--', label='even share')
     place.set(title=title_of(layer), xlabel='slot', xlim=(-0.8, layer['slots'] - 0.2))
     place.set_xticks(range(0, layer['slots'], -(-layer['slots'] // 8)))
-  top = 1.35 * max(place.get_ylim()[1] for place in axes[:-1])
-  for place in axes[:-1]: place.set_ylim(0, top)
-  for place in axes[1:-1]: place.tick_params(labelleft=False)
+  tops = [place.get_ylim()[1] for place in axes[:-1]]
+  alike = max(tops) < 3 * min(tops)                  # one scale for memories of one kind; shares and gates differ too much
+  for place, top in zip(axes, tops, strict=False): place.set_ylim(0, 1.35 * (max(tops) if alike else top))
+  for place in axes[1:-1]: place.tick_params(labelleft=not alike)
   axes[0].set_ylabel('share of address and pick')
   axes[0].legend(loc='upper right')
   lines.effective_bars(axes[-1], addressed(report))

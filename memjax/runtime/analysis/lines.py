@@ -48,7 +48,7 @@ def effective_bars(axes: Any, layers: list[dict]) -> None:
     axes.plot(number + np.asarray(spread), by_head, 'o', color='black', markersize=3, label='one head' if number == 0 else None)
     axes.plot([number - 0.4, number + 0.4], [layer['slots']] * 2, color=RED, linestyle='--', linewidth=1.4,
               label='all slots' if number == 0 else None)
-  axes.set_xticks(range(len(layers)), [layer['label'] for layer in layers], fontsize=8)
+  axes.set_xticks(range(len(layers)), [layer['label'] for layer in layers], fontsize=8, rotation=90 if len(layers) > 4 else 0)
   axes.set(title='Effective slots', xlabel='layer', ylabel='S_eff', ylim=(0, 1.45 * max(layer['slots'] for layer in layers)))
   axes.grid(axis='y')
   axes.legend(loc='upper right', fontsize=8)
@@ -160,10 +160,10 @@ def draw_memory_over_time(figure: Any, report: dict) -> None:
       below.grid()
     else:
       below.axis('off')
-      below.text(0.5, 0.5, 'no replay:\nthis kind reports no keys', ha='center', va='center', color=GREY, transform=below.transAxes)
+      below.text(0.5, 0.5, 'no replay: this memory\nreports no addresses', ha='center', va='center', color=GREY, transform=below.transAxes)
   panels[0, 0].set_ylabel('‖m‖ per slot, mean of the heads')
   panels[1, 0].set_ylabel('cosine of the recalled value and')
-  panels[0, 0].legend(loc='upper left')
+  panels[0, 0].legend(loc='best')
   first = next((n for n, layer in enumerate(layers) if 'replay' in layer), None)
-  if first is not None: panels[1, first].legend(loc='lower left', fontsize=8)
+  if first is not None: panels[1, first].legend(loc='best', fontsize=8)
   figure.suptitle('The memory over time', x=0.01, ha='left', fontweight='bold')
