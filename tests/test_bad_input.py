@@ -15,6 +15,7 @@ import pytest
 from memjax.config.codec import from_json, read_config
 from memjax.config.errors import UserError
 from memjax.config.flags import Flag, call, load
+from tests.bad_readers import READERS
 from tests.data.bad_input import DATA
 
 BASE = '''
@@ -226,7 +227,7 @@ SAVED = [
       "config.model.mixers holds the name 'a+b'"),
 ]
 
-ROWS = COMMAND_LINE + CONFIG_FILES + OVERRIDES + SAVED + [Row(*row) for row in DATA]
+ROWS = COMMAND_LINE + CONFIG_FILES + OVERRIDES + SAVED + [Row(*row) for row in DATA + READERS]
 
 
 def nothing(config, values):

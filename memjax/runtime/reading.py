@@ -1,5 +1,4 @@
 """A finished (or running) training run as its readers see it: config, tokenizer and the parameters of one checkpoint."""
-import dataclasses
 import hashlib
 import json
 import os
@@ -18,8 +17,7 @@ from memjax.data.tokenizers import Tokenizer, load_tokenizer
 from memjax.data.tokens import Tokens, tokenize_split
 from memjax.models.decoder import Decoder, build_decoder, param_shapes
 from memjax.runtime.checkpoint import restore_for_reading
-
-TOKENIZER = 'tokenizer'
+from memjax.runtime.workdir import CONFIG, TOKENIZER, fill_vocabulary, is_run
 
 
 class Run(NamedTuple):
@@ -48,10 +46,7 @@ def open_run(workdir: str, step: int = 0) -> Run:
   """
   config = read_workdir(workdir)
   tokenizer = load_tokenizer(os.path.join(workdir, TOKENIZER))
-  stated = config.model.vocabulary
-  if stated and stated < tokenizer.vocabulary:
-    raise UserError(f'the tokenizer in {workdir} has {tokenizer.vocabulary} tokens, the model of its config {stated}')
-  config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocabulary=stated or tokenizer.vocabulary))
+  config = fill_vocabulary(config, tokenizer)
   model = build_decoder(config.model)
   step, params, record = restore_for_reading(workdir, param_shapes(model)[0], step)
   trained_with = (record.get('data') or {}).get('fingerprint', tokenizer.fingerprint)
@@ -65,8 +60,7 @@ def read_workdir(workdir: str) -> Config:
   """The config of a workdir. Raises UserError for a folder that is missing or that no training run made."""
   if not os.path.isdir(workdir):
     raise UserError(f'no such workdir: {workdir}' if not os.path.exists(workdir) else f'{workdir} is a file, not a workdir')
-  if not os.path.exists(os.path.join(workdir, 'config.json')):
-    raise UserError(f'{workdir} is not the workdir of a run: it has no config.json')
+  if not is_run(workdir): raise UserError(f'{workdir} is not the workdir of a run: it holds no {CONFIG}')
   return read_config(workdir)
 
 
