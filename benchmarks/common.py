@@ -115,6 +115,11 @@ def words(text: str) -> list[str]:
   return [part for part in text.split(',') if part]
 
 
+def rates(text: str) -> tuple[float, ...]:
+  """'1e-3,1e-2' as (0.001, 0.01)."""
+  return tuple(float(part) for part in words(text))
+
+
 def machine() -> str:
   """A short name of the device for file names: cpu, h200, ..."""
   kind = jax.devices()[0].device_kind.lower()
