@@ -1,0 +1,158 @@
+"""Tokens per second and bytes of state of greedy decoding, by context: holographic memory beside a KV cache of equal width.
+
+Batch 1, tokens fed back inside one compiled scan, the state donated, so that it can be updated in place. Contexts are filled
+with random numbers: what is stored does not change the work. Two models: one layer without feed-forward network, and a
+decoder of four layers with one. Attention is measured twice, and the faster one counts: the library's, and a plain cache
+[H, K, M] in the compute dtype, written for this comparison alone (on a CPU other layouts are copied or read many times
+slower).
+
+  python -m benchmarks.decode --small        two CPU cores, contexts to 32k, a few minutes
+  python -m benchmarks.decode                contexts to 128k
+"""
+import functools
+import statistics
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks import common
+from memjax.config.mixers import AddressConfig, AttentionConfig, HolographicConfig, KeepConfig
+from memjax.config.schema import ModelConfig
+from memjax.models.decoder import build_decoder, init_params
+from memjax.ops.attention import rotate
+
+VOCABULARY = 256
+MIXERS = {
+  'holographic': HolographicConfig(),
+  'holographic small_state': HolographicConfig(heads=1, slots=8, keep=KeepConfig(kind='slot', bias=4.0),
+                                               address=AddressConfig(kind='sigmoid', tie=True, gate='')),
+  'attention': AttentionConfig(),
+}
+PLAIN = 'attention, plain cache'
+
+
+def library_model(row: str, *, width: int, layers: int, dtype: str):
+  """(parameters, empty state by context, step) of a decoder whose layers are unrolled, so that no stack of caches is sliced."""
+  config = ModelConfig(width=width, hidden=0 if layers > 1 else -1, vocabulary=VOCABULARY, mixers={'memory': MIXERS[row]},
+                       pattern=(), repeats=0, prefix=('memory',) * layers, dtype=dtype)
+  model = build_decoder(config)
+  def step(params, state, token_B, position_B):
+    logits, state, _ = model.apply({'params': params}, token_B[:, None], state, position_BxL=position_B[:, None])
+    return logits[:, 0], state
+  params = jax.jit(lambda key: init_params(model, key)[0])(jax.random.key(0))
+  return params, lambda context: model.init_state(1, context), step
+
+
+def plain_model(*, width: int, layers: int, dtype: str, heads: int = 8):
+  """The same for the plain cache; weights are random, shapes those of the library's decoder."""
+  K, hidden = width // heads, -(-8 * width // 96) * 32 if layers > 1 else 0
+  shapes = {'qkv': (width, 3 * width), 'out': (width, width)}
+  if hidden: shapes |= {'up': (width, 2 * hidden), 'down': (hidden, width)}
+  draw = lambda name, shape: jax.random.normal(jax.random.key(len(name)), shape) * shape[-2] ** -0.5
+  params = {name: draw(name, (layers, *shape)) for name, shape in shapes.items()} | {'embed': draw('embed', (VOCABULARY, width))}
+  norm = lambda x: (x * jax.lax.rsqrt(jnp.mean(jnp.square(x.astype(jnp.float32)), -1, keepdims=True) + 1e-6)).astype(dtype)
+
+  def attend(layer, x_BxD, cache, position_B):
+    q, k, v = jnp.split((x_BxD @ layer['qkv'].astype(dtype)).reshape(1, 1, 3 * heads, K), 3, 2)
+    q, k = (rotate(a, position_B[:, None], 10_000.0) for a in (q, k))
+    put = lambda old, new: jax.lax.dynamic_update_slice(old, new.reshape(heads, K, 1), (0, 0, position_B[0]))
+    keys_HxKxM, values_HxKxM = put(cache[0], k), put(cache[1], v)
+    logits_HxM = jnp.einsum('hk,hkm->hm', q[0, 0], keys_HxKxM, preferred_element_type=jnp.float32) * K ** -0.5
+    seen = jnp.arange(keys_HxKxM.shape[2])[None] <= position_B[0]
+    weight_HxM = jax.nn.softmax(jnp.where(seen, logits_HxM, -jnp.inf), -1).astype(dtype)
+    y = jnp.einsum('hm,hkm->hk', weight_HxM, values_HxKxM).reshape(1, -1)
+    return y @ layer['out'].astype(dtype), (keys_HxKxM, values_HxKxM)
+
+  def step(params, state, token_B, position_B):
+    x, new = params['embed'][token_B].astype(dtype), []
+    for number, cache in enumerate(state):
+      layer = {name: params[name][number] for name in shapes}
+      y, cache = attend(layer, norm(x), cache, position_B)
+      x, new = x + y, [*new, cache]
+      if hidden:
+        gate, up = jnp.split(norm(x) @ layer['up'].astype(dtype), 2, -1)
+        x = x + (jax.nn.silu(gate) * up) @ layer['down'].astype(dtype)
+    return norm(x) @ params['embed'].T.astype(dtype), tuple(new)
+  return params, lambda context: ((jnp.zeros((heads, K, context), dtype),) * 2,) * layers, step
+
+
+def filled(empty, context: int, ahead: int):
+  """A state as after context - ahead tokens: random floats, counters set."""
+  leaves, tree = jax.tree.flatten(jax.eval_shape(lambda: empty(context)))
+  fill = lambda i, leaf: (jnp.full(leaf.shape, context - ahead, leaf.dtype) if jnp.issubdtype(leaf.dtype, jnp.integer)
+                          else jax.random.normal(jax.random.key(i), leaf.shape, leaf.dtype))
+  return jax.tree.unflatten(tree, [fill(i, leaf) for i, leaf in enumerate(leaves)])
+
+
+def decode(step, tokens: int, params, state, token_B, position_B):
+  """(state, last token, position) after `tokens` greedy tokens."""
+  def body(carry, _):
+    state, token_B, position_B = carry
+    logits, state = step(params, state, token_B, position_B)
+    return (state, jnp.argmax(logits, -1).astype(jnp.int32), position_B + 1), None
+  return jax.lax.scan(body, (state, token_B, position_B), None, length=tokens)[0]
+
+
+def measure(model, context: int, *, tokens: int, repeats: int) -> dict[str, Any]:
+  """{'tokens_per_second', 'state_bytes', 'temporary_mib', ...} at one context; the first call is left out."""
+  params, empty, step = model
+  state = filled(empty, context, tokens * (repeats + 1))
+  carry = (state, jnp.zeros((1,), jnp.int32), jnp.full((1,), context - tokens * (repeats + 1), jnp.int32))
+  case = common.compile_case('', functools.partial(decode, step, tokens), (params, *carry), donate_argnums=(1,))
+  times = []
+  for _ in range(repeats + 1):
+    started = time.perf_counter()
+    carry = jax.block_until_ready(case.call(params, *carry))
+    times.append(time.perf_counter() - started)
+  seconds = statistics.median(times[1:])
+  size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(carry[0]))
+  return {'tokens_per_second': tokens / seconds, 'best': tokens / min(times[1:]), 'us_per_token': 1e6 * seconds / tokens,
+          'state_bytes': size, 'temporary_mib': case.temporary_mib, 'compile_s': case.compile_s}
+
+
+def targets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+  """>= 5 times the faster attention at 32k, and a state that does not grow; None where this run lacks a row."""
+  out = []
+  for layers in sorted({r['layers'] for r in rows}):
+    at = {r['row']: r['tokens_per_second'] for r in rows if r['layers'] == layers and r['context'] == 32768}
+    peers = [value for row, value in at.items() if row.startswith('attention')]
+    out.append({'what': f'{layers} layers, context 32768: holographic over the faster attention', 'target': 5.0,
+                'value': at['holographic'] / max(peers) if peers and 'holographic' in at else None})
+  sizes = [r['state_bytes'] for r in rows if r['row'] == 'holographic' and r['layers'] == 1]
+  out.append({'what': 'holographic state, smallest over largest context (1 = constant)', 'target': 1.0,
+              'value': min(sizes) / max(sizes) if sizes else None})
+  return out
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+  """Runs, prints and saves the tables; returns the result."""
+  make = common.parser('decode', __doc__)
+  make.add_argument('--contexts', type=common.numbers, default=[])
+  make.add_argument('--layers', type=common.numbers, default=[1, 4])
+  make.add_argument('--width', type=int, default=512)
+  make.add_argument('--tokens', type=int, default=0, help='tokens a timed call; default 16 (CPU), 128 (GPU)')
+  make.add_argument('--repeats', type=int, default=3)
+  make.add_argument('--rows', type=lambda text: text.split(';'), default=[*MIXERS, PLAIN], help='names of rows, separated by ;')
+  a = make.parse_args(argv)
+  contexts = a.contexts or ([1024, 8192, 32768] if a.small else [1024, 4096, 16384, 32768, 131072])
+  dtype, tokens = ('bfloat16', a.tokens or 128) if common.on_gpu() else ('float32', a.tokens or 16)
+  rows = []
+  for layers in a.layers:
+    sizes = dict(width=a.width, layers=layers, dtype=dtype)
+    models = {row: plain_model(**sizes) if row == PLAIN else library_model(row, **sizes) for row in a.rows}
+    table = [{'layers': layers, 'row': row, 'context': context, **measure(model, context, tokens=tokens, repeats=a.repeats)}
+             for context in contexts for row, model in models.items()]
+    title = f'Decoding, batch 1, width {a.width}, {layers} layer{"s" if layers > 1 else ""}, {dtype}'
+    common.show(title, table, ('context', 'row', 'tokens_per_second', 'us_per_token', 'state_bytes', 'temporary_mib', 'compile_s'))
+    rows += table
+  judged = targets(rows)
+  common.judge(judged)
+  result = {'dtype': dtype, 'width': a.width, 'tokens': tokens, 'repeats': a.repeats, 'seeds': [0], 'rows': rows, 'targets': judged}
+  common.save('decode', a.output, result, commit=a.commit)
+  return result
+
+
+if __name__ == '__main__':
+  main()
