@@ -37,7 +37,7 @@ def train(folder: str, workdir: str, steps: int) -> None:
   os.dup2(os.open(f'{folder}/log', os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
   from memjax.config.flags import call
   from memjax.train import FLAGS, main
-  argv = ['--config', f'{folder}/config.py:{folder}', '--workdir', workdir, f'--config.training.steps={steps}']
+  argv = ['--config', f'{folder}/config.py:{folder}', '--workdir', workdir, '--nofigures', f'--config.training.steps={steps}']
   os._exit(call(main, flags=FLAGS, argv=argv))
 
 

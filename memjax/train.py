@@ -20,7 +20,8 @@ FLAGS = (
     Flag('resume_from', str, '', 'another run, whose whole state a new workdir continues'),
     Flag('init_from', str, '', 'another run, whose parameters a new workdir starts from'),
     Flag('dry_run', bool, False, 'prints the configuration, parameters by group, state bytes and FLOPs, and trains nothing'),
-    Flag('find_lr', bool, False, 'sweeps the learning rate over 100 steps and suggests one'))
+    Flag('find_lr', bool, False, 'sweeps the learning rate over 100 steps and suggests one'),
+    Flag('figures', bool, True, 'looks into the memory at the end, as memjax.analyze does; --nofigures leaves it out'))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +70,7 @@ def start(parts: Parts, workdir: str, values: dict, identity: dict):
     logger.info('resumed %s at step %d', workdir, step)
     return state, Early.from_json(record['early'])
   if values['resume_from']: return _continue(parts, values['resume_from'], identity), Early()
-  state = init_state(parts.model, parts.optimizer, parts.config, parts.mesh)
+  state = init_state(parts.model, parts.optimizer, parts.config, parts.abstract)
   if values['init_from']: state = state._replace(params=_read(parts, values['init_from']))
   return state, Early()
 
@@ -111,7 +112,7 @@ def train(parts: Parts, workdir: str, values: dict) -> int:
   state, early = start(parts, workdir, values, splits['train'].identity)
   score = make_scorer(parts.model, config, parts.mesh)
   watch = lambda params: score(params, splits[config.evaluation.split], config.evaluation.batches)
-  step = make_train_step(parts.model, parts.optimizer, config, parts.mesh)
+  step = make_train_step(parts.model, parts.optimizer, config, parts.abstract)
   with contextlib.ExitStack() as stack:
     log = stack.enter_context(MetricsLog(workdir, config_hash(config), int(state.step)))
     checkpoints = Checkpoints(workdir, config.checkpoint)
@@ -121,11 +122,12 @@ def train(parts: Parts, workdir: str, values: dict) -> int:
     if status == DIVERGED: logger.error('lower the learning rate or clip harder; the last good state is checkpoint %d', int(state.step))
     if status != DONE or jax.process_index() > 0: return status
     finish(parts, workdir, lambda params: score(params, splits['test']), log)
+    print(figures(workdir, splits[config.evaluation.split]) if values['figures'] else os.path.abspath(workdir))
   return status
 
 
 def finish(parts: Parts, workdir: str, score, log) -> None:
-  """Scores the best checkpoint on the test split, samples a text, draws the figures; the last line is their path."""
+  """Scores the best checkpoint on the test split and samples a text."""
   from memjax.runtime.sampling import Sampler, Sampling
   from memjax.runtime.text import Writer
   params, e = _read(parts, workdir), parts.config.evaluation
@@ -138,7 +140,13 @@ def finish(parts: Parts, workdir: str, score, log) -> None:
     text = e.prompt + ''.join(piece for _, piece in writer.stream([e.prompt], e.sample, into=rows))
     log.text(parts.config.training.steps, 'sample', text)
     print(f'sample:\n{text}')
-  print(os.path.abspath(workdir))
+
+
+def figures(workdir: str, tokens) -> str:
+  """Path of W/analysis with the figures of the best checkpoint; the cost of attention is left to memjax.analyze."""
+  from memjax.runtime.analysis.report import write_analysis
+  from memjax.runtime.reading import open_run
+  return os.path.abspath(write_analysis(open_run(workdir), tokens, lengths=())[0])
 
 
 def find_rate(config, tokenizer, workdir: str) -> None:
@@ -148,8 +156,8 @@ def find_rate(config, tokenizer, workdir: str) -> None:
   from memjax.runtime.state import init_state, make_train_step
   parts = build(config, tokenizer, lr_finder.sweep)
   tokens = tokenize_split(config.data, tokenizer, 'train')
-  state = init_state(parts.model, parts.optimizer, config, parts.mesh)
-  step = make_train_step(parts.model, parts.optimizer, config, parts.mesh)
+  state = init_state(parts.model, parts.optimizer, config, parts.abstract)
+  step = make_train_step(parts.model, parts.optimizer, config, parts.abstract)
   result = lr_finder.find_rate(step, state, batches_from(parts, tokens, 0), parts.mesh)
   os.makedirs(workdir, exist_ok=True)
   path = lr_finder.write(workdir, result)

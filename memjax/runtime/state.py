@@ -65,10 +65,9 @@ def abstract_state(model: Any, optimizer: optim.Optimizer, config: Config, mesh:
   return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places)
 
 
-def init_state(model: Any, optimizer: optim.Optimizer, config: Config, mesh: Mesh) -> TrainState:
-  """The state before the first step, made in place on the mesh."""
-  places = jax.tree.map(lambda x: x.sharding, abstract_state(model, optimizer, config, mesh))
-  return jax.jit(make_init(model, optimizer, config), out_shardings=places)()
+def init_state(model: Any, optimizer: optim.Optimizer, config: Config, abstract: TrainState) -> TrainState:
+  """The state before the first step, made in place by the shardings of `abstract`."""
+  return jax.jit(make_init(model, optimizer, config), out_shardings=jax.tree.map(lambda x: x.sharding, abstract))()
 
 
 def make_forward(model: Any, config: Config) -> Callable:
@@ -135,8 +134,11 @@ def make_gradient(model: Any, optimizer: optim.Optimizer, config: Config) -> Cal
   return gradient
 
 
-def make_train_step(model: Any, optimizer: optim.Optimizer, config: Config, mesh: Mesh | None = None) -> Callable:
+def make_train_step(model: Any, optimizer: optim.Optimizer, config: Config,
+                    abstract: TrainState | None = None) -> Callable:
   """step(state, batch) -> (state, metrics), compiled once; the old state's buffers are given away.
+
+  The new state is placed by the shardings of `abstract`; None leaves that to the compiler.
 
   metrics: float32 device scalars `loss` (nats a scored token, without penalty), `accuracy`, `tokens`, `grad_norm`,
   `skipped`, `learning_rate/<group>` and what the model reports. If loss or gradient is not finite, parameters,
@@ -155,9 +157,9 @@ def make_train_step(model: Any, optimizer: optim.Optimizer, config: Config, mesh
     new = TrainState(state.step + 1, keep(params, state.params), keep(opt_state, state.opt_state), state.key,
                      keep(memory, state.memory), skipped)
     return new, {**aux, **optim.rates(opt_state), **_train_scores(totals), 'grad_norm': norm, 'skipped': skipped}
-  if mesh is None: return jax.jit(step, donate_argnums=0)
-  places = jax.tree.map(lambda x: x.sharding, abstract_state(model, optimizer, config, mesh))
-  return jax.jit(step, donate_argnums=0, out_shardings=(places, sharding.replicated(mesh)))
+  if abstract is None: return jax.jit(step, donate_argnums=0)
+  places = jax.tree.map(lambda x: x.sharding, abstract)
+  return jax.jit(step, donate_argnums=0, out_shardings=(places, sharding.replicated(places.step.mesh)))
 
 
 def _train_scores(totals: Totals) -> dict[str, jax.Array]:

@@ -31,7 +31,7 @@ def train(text):
   """train(workdir, 'training.steps=3', ..., flag='value') -> exit status of the command, in this process."""
   def run(workdir, *overrides, source=text, **flags):
     argv = ['--config', f'{CONFIG}:{source}', *(f'--config.{o}' for o in overrides)]
-    argv += [f'--{name}={value}' if value is not True else f'--{name}' for name, value in flags.items()]
+    argv += ['--nofigures'] + [f'--{name}={value}' if value is not True else f'--{name}' for name, value in flags.items()]
     return call(main, flags=FLAGS, argv=[*argv, *(['--workdir', str(workdir)] if workdir else [])])
   return run
 
