@@ -34,7 +34,7 @@ def _gram(address_BxLxHxS, mask_BxL):
 def _participation(gram_HxSxS):
   """(tr G)^2 / tr(G^2) per head, [H]; 0 for an all-zero G."""
   trace = jnp.trace(gram_HxSxS, axis1=1, axis2=2)
-  return trace ** 2 / jnp.maximum(jnp.sum(gram_HxSxS ** 2, (1, 2)), 1e-30)
+  return trace ** 2 / jnp.maximum(jnp.sum(gram_HxSxS ** 2, (1, 2)), 1e-18)
 
 
 def effective_slots(address_BxLxHxS, mask_BxL=None):
@@ -93,13 +93,16 @@ def cleanup(x, codebook_MxK, beta: float):
 def cleanup_erase(kind: str, state_BxHxSxK, key_BxHxK, address_BxHxS, *, codebook_MxK, threshold: float = 0.6):
   """The state without the item bound to `key` at `address`, where one is recognised; for the step before a rewrite.
 
-  Reads with the key, snaps to the nearest codebook item where the cosine exceeds `threshold`, and subtracts its bound form.
-  It needs the codebook (in the spectrum for hrr and unitary) and is not linear: step API and inference only.
+  Reads with the key, snaps to the codebook item of the largest cosine, and subtracts its bound form where the read holds
+  more than `threshold` of it: the projection is 1 where the item is stored, 0 where not, at any load (a cosine would fall
+  with the load). It needs the codebook (in the spectrum for hrr and unitary) and unit addresses, and is not linear: step
+  API and inference only.
   """
   held = unbind(kind, key_BxHxK.astype(state_BxHxSxK.dtype), slot_read(state_BxHxSxK, address_BxHxS[:, None])[:, 0])
-  cosine = jnp.einsum('bhk,mk->bhm', _unit(held), _unit(codebook_MxK))
-  item = jnp.take(codebook_MxK, jnp.argmax(cosine, -1), axis=0)
-  item = jnp.where(jnp.max(cosine, -1, keepdims=True) > threshold, item, 0)
+  score = jnp.einsum('bhk,mk->bhm', held, _unit(codebook_MxK))
+  item = jnp.take(codebook_MxK, jnp.argmax(score, -1), axis=0)
+  share = jnp.max(score, -1, keepdims=True) / jnp.maximum(jnp.linalg.norm(item, axis=-1, keepdims=True), 1e-12)
+  item = jnp.where(share > threshold, item, 0)
   return slot_write(state_BxHxSxK, -bind(kind, key_BxHxK, item.astype(key_BxHxK.dtype)), address_BxHxS)
 
 
