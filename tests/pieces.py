@@ -6,7 +6,7 @@ import jax
 
 from memjax.config.codec import to_json
 from memjax.config.mixers import WindowConfig
-from memjax.config.schema import Config, DataConfig, EvaluationConfig, ModelConfig, TrainingConfig
+from memjax.config.schema import Config, DataConfig, EvaluationConfig, ModelConfig, TokenizerConfig, TrainingConfig
 from memjax.data.tokenizers import ByteTokenizer
 from memjax.models.decoder import build_decoder, param_shapes
 from memjax.runtime.checkpoint import Checkpoints
@@ -24,12 +24,12 @@ def write_plays(folder):
   return folder
 
 
-def small_config(text, mixers=None, pattern=('near',), **model):
-  """A config on the plays whose defaults make the smallest model there is."""
+def small_config(text, mixers=None, pattern=('near',), *, tokenizer='bytes', **model):
+  """A config on the plays in a folder; its defaults make the smallest model there is."""
   mixers = mixers or {'near': WindowConfig(heads=1, window=4)}
   return Config(
-      name='pieces', model=ModelConfig(width=8, hidden=8, mixers=mixers, pattern=pattern, repeats=1, **model),
-      data=DataConfig(source='path', path=str(text), cache=f'{text}/cache'),
+      name='pieces', model=ModelConfig(mixers=mixers, pattern=pattern, **{'width': 8, 'hidden': 8, 'repeats': 1, **model}),
+      data=DataConfig(source='path', path=str(text), cache=f'{text}/cache', tokenizer=TokenizerConfig(kind=tokenizer)),
       training=TrainingConfig(batch=8, length=16, steps=7), evaluation=EvaluationConfig(batch=4))
 
 

@@ -155,7 +155,7 @@ def replay_cosines(kind: str, key_BxLxHxK, value_BxLxHxK, address_BxLxHxS, m_BxH
 def replay(kind: str, arrays: dict[str, np.ndarray], m_BxHxSxK: Any, position_BxL: np.ndarray) -> dict[str, list]:
   """{'delay', 'cosine', 'control'}: how well items of each row's last document are read at its end, by their delay.
 
-  Delays, in tokens, are the middles of bins that grow by a third; 'control' compares with another token's value.
+  Delays, in tokens, are the means of bins that grow by a third; 'control' compares with another token's value.
   """
   cosine_BxL, control_BxL = (np.asarray(a) for a in replay_cosines(kind, *arrays.values(), m_BxHxSxK))
   length = cosine_BxL.shape[1]
@@ -166,7 +166,7 @@ def replay(kind: str, arrays: dict[str, np.ndarray], m_BxHxSxK: Any, position_Bx
   for low, high in itertools.pairwise(edges):
     chosen = own_BxL & ((delay_L >= low) & (delay_L < high))[None]
     if not chosen.any(): continue
-    out['delay'].append((low + high - 1) / 2)
+    out['delay'].append(np.broadcast_to(delay_L, chosen.shape)[chosen].mean())
     out['cosine'].append(cosine_BxL[chosen].mean())
     out['control'].append(control_BxL[chosen].mean())
   return {name: round_list(series) for name, series in out.items()}
