@@ -5,6 +5,7 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', os.path.expanduser('~/.cache/memjax-tests'))
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '0')
+os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=0')     # half the compile time, same results to rounding
 os.environ.setdefault('MPLBACKEND', 'agg')
 import jax
 

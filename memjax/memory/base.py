@@ -31,6 +31,11 @@ def real_resets(reset_BxL: jax.Array | None, mask_BxL: jax.Array | None) -> jax.
   return None if reset_BxL is None else both(reset_BxL, mask_BxL)
 
 
+def only_real(x_BxLxD: jax.Array, mask_BxL: jax.Array | None) -> jax.Array:
+  """x with masked tokens set to zero: NaN in padding ends here."""
+  return x_BxLxD if mask_BxL is None else jnp.where(mask_BxL[..., None], x_BxLxD, 0)
+
+
 class Memory(nn.Module):
   """Base of every memory. Kinds give `init_state`, `project`, `write`, `read` and `readout`.
 
@@ -111,7 +116,6 @@ class Memory(nn.Module):
           token_BxL: jax.Array | None = None, collect: bool = False) -> tuple[jax.Array, State, Aux]:
     """(y [B, L, E] before the readout, state, aux): what a wiring needs to weigh memories against each other."""
     if reset_BxL is None: reset_BxL = position_BxL == 0
-    if mask_BxL is not None: x_BxLxD = jnp.where(mask_BxL[..., None], x_BxLxD, 0)     # NaN in padding ends here
     inputs = self.project(x_BxLxD, position_BxL)
     if x_BxLxD.shape[1] == 1:
       first = lambda tree: jax.tree.map(lambda a: a[:, 0], tree)
@@ -126,6 +130,7 @@ class Memory(nn.Module):
 
   def __call__(self, x_BxLxD: jax.Array, state: State, **context) -> tuple[jax.Array, State, Aux]:
     """(y [B, L, D], state, aux) for a call of any length; keywords as in `mix`. May be cut anywhere, rows may be ragged."""
+    x_BxLxD = only_real(x_BxLxD, context.get('mask_BxL'))
     y_BxLxE, state, aux = self.mix(x_BxLxD, state, **context)
     return self.readout(x_BxLxD, y_BxLxE), state, aux
 

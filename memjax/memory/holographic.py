@@ -117,11 +117,11 @@ class Holographic(Memory):
     item = jax.tree.map(lambda a: a[:, 0], self.projections.items(streams, inputs))
     gates = self.tiers.control(inputs['x'][:, 0], state.m_BxHxSxK) if self.config.tiers.controller else None
     if gates: item = item.replace(address=item.address * gates[0][..., None].astype(item.address.dtype))
-    new = self.write(state.replace(tail_BxTxE=tail), item)
+    new = where_rows(write_mask_B, self.write(state.replace(tail_BxTxE=tail), item), state)
     y_BxE = self.read(new if self.order == 'after' else state, item)
     if gates: y_BxE = y_BxE * self._per_channel(gates[1]).astype(y_BxE.dtype)
-    if self.config.tiers.kind: new = self._consolidate(new, item, gates)
-    new = where_rows(both(mask_B, write_mask_B), new, state)
+    if self.config.tiers.kind: new = where_rows(write_mask_B, self._consolidate(new, item, gates), state)
+    new = where_rows(mask_B, new, state)
     return new, y_BxE if mask_B is None else jnp.where(mask_B[:, None], y_BxE, 0)
 
   def _per_channel(self, gate_BxH):

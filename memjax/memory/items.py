@@ -67,7 +67,8 @@ class Projections(nn.Module):
     G, H, S, K = self.shape
     a, sources = self.config.address, self.sources
     out = {'key': ('key', H * K), 'value': ('value', H * K), 'query': ('query' if 'query' in sources else 'key', G * H * K)}
-    if 'router' in sources: return {**out, 'address': ('router', self.width), 'pick': ('router', self.width)}
+    if 'router' in sources:
+      return {**out, **{n: ('router', self.width) for n in ('address', 'pick') if n == 'address' or a.kind != 'scored'}}
     if 'address' not in sources: return out
     heads = 1 if a.kind == 'signed' else H
     return {**out, 'address': ('address', heads * S), 'pick': ('pick' if 'pick' in sources else 'address', G * heads * S)}

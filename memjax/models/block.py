@@ -10,7 +10,7 @@ from memjax.config.schema import ModelConfig, wiring
 from memjax.layers.linear import Linear, dropout
 from memjax.layers.mlp import MLP, hidden_width
 from memjax.layers.norm import RMSNorm, make_norm
-from memjax.memory.base import confidence
+from memjax.memory.base import confidence, only_real
 from memjax.memory.registry import make_memory
 
 
@@ -54,7 +54,7 @@ class Mixers(nn.Module):
     """(y [B, L, D], states, {name: aux})."""
     c, dtype = self.config, compute_dtype(self.config)
     names, gated = wiring(self.layer)
-    out, new, aux = [], {}, {}
+    x_BxLxD, out, new, aux = only_real(x_BxLxD, flow.mask_BxL), [], {}, {}
     for number, name in enumerate(names):
       memory = make_memory(c.mixers[name], c.width, dtype=dtype, std=c.block.init_std, grafted=name in c.grafted, name=name)
       y_BxLxE, new[name], aux[name] = memory.mix(x_BxLxD, states[name], key=fold(key, number), collect=collect, **vars(flow))
