@@ -45,6 +45,7 @@ def open_run(workdir: str, step: int = 0) -> Run:
   one of the checkpoint.
   """
   config = read_workdir(workdir)
+  if config.model.dtype == 'float64': jax.config.update('jax_enable_x64', True)
   tokenizer = load_tokenizer(os.path.join(workdir, TOKENIZER))
   config = fill_vocabulary(config, tokenizer)
   model = build_decoder(config.model)
