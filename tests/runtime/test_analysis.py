@@ -18,7 +18,8 @@ from tests.pieces import ByteTokenizer, small_config
 def make_run(mixers, pattern, **model):
   config = small_config('plays', mixers=mixers, pattern=pattern, vocabulary=256, **model)
   built = build_decoder(config.model)
-  return Run('', config, built, init_params(built, jax.random.key(0))[0], ByteTokenizer(), 1, {}, 'hash')
+  params = jax.jit(lambda key: init_params(built, key)[0])(jax.random.key(0))
+  return Run('', config, built, params, ByteTokenizer(), 1, {}, 'hash')
 
 
 @pytest.fixture(scope='module')
