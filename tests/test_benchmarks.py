@@ -1,0 +1,141 @@
+"""The benchmarks at toy sizes: each finishes, prints its table and leaves JSON that says where it comes from."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from benchmarks import common, decode, holographic, language, language_models, recall, recall_rows
+
+ABSENT = ('ml_collections', 'grain', 'orbax', 'tokenizers', 'tensorboardX')
+
+
+def check(path, name, rows='rows'):
+  """The parsed JSON, with a full stamp and at least one row."""
+  saved = json.loads(path.read_text(encoding='utf-8'))
+  assert saved['benchmark'] == name and saved[rows]
+  assert all(saved['machine'][key] for key in ('platform', 'device', 'processor', 'commit', 'date', 'jax'))
+  assert not list(path.parent.glob('*.partial'))
+  return saved
+
+
+def test_holographic(tmp_path, capsys):
+  path = tmp_path / 'h.json'
+  holographic.main(['--tiny', '--lengths', '32', '--tokens', '32', '--passes', 'both', '--repeats', '1', '--output', str(path)])
+  saved = check(path, 'holographic')
+  rows = {row['row']: row for row in saved['rows']}
+  assert {'elementwise chunk', 'elementwise associative', 'convolution fft scan', 'attention'} <= rows.keys()
+  assert all(row['ms'] > 0 and row['temporary_mib'] >= 0 for row in saved['rows'] + saved['layers'])
+  assert rows['attention']['times_attention'] == 1 and len(saved['layers']) == 3
+  assert 'elementwise chunk' in capsys.readouterr().out
+
+
+def test_forms_of_the_benchmark_agree():
+  size = holographic.Size(2, 40, 2, 8, 4)
+  results = []
+  for form in ('scan', 'associative', 'chunk'):
+    for transform in ('dft', 'fft'):
+      function, arguments = holographic.mixing_job(holographic.Mixing('hrr', transform, form), size, 'float32', backward=False)
+      results.append(np.asarray(jax.jit(function)(*arguments)))
+  assert all(np.allclose(r, results[0], atol=1e-5 * np.abs(results[0]).max()) for r in results) and np.abs(results[0]).max() > 0.1
+
+
+def test_holographic_targets_compare_the_named_rows():
+  row = lambda name, ms, **more: {'row': name, 'pass': 'both', 'ms': ms, 'B': 4, 'L': 1024, 'H': 1, 'K': 512, 'S': 8} | more
+  rows = [row('elementwise chunk', 2.0), row('elementwise chunk slot keep', 1.0), row('attention', 30.0), row('attention', 1.0, B=1),
+          row('elementwise associative', 6.0)]
+  assert [target['value'] for target in holographic.targets(rows)] == [15.0, 3.0]
+
+
+def test_recall(tmp_path):
+  path = tmp_path / 'r.json'
+  recall.main(['--settings', 'equal', '--rows', 'small_state;linear attention', '--seeds', '2', '--rates', '1e-2', '--steps', '4',
+               '--per_call', '2', '--batch', '2', '--width', '16', '--output', str(path)])
+  saved = check(path, 'recall')
+  by_name = {row['row']: row for row in saved['rows']}
+  assert by_name['small_state']['state_floats'] == 8 * 16 and by_name['linear attention']['state_floats'] == 16 * 16 // 8
+  assert all(0 <= row['accuracy'] <= 1 and len(row['seeds']) == 2 and list(row['by_rate']) == ['0.01'] for row in saved['rows'])
+  assert path.with_suffix('.png').stat().st_size > 1000
+  assert [t['value'] is None for t in saved['targets']] == [True, False, False]
+
+
+def test_rows_of_equal_state():
+  for name, make in recall_rows.EQUAL.items():
+    config = recall_rows.model_config(make, width=64, vocabulary=128)
+    mixer = config.mixers['memory']
+    K = mixer.key_width or 64 // mixer.heads
+    assert mixer.heads * (mixer.slots or K) * K == 512, name
+
+
+def test_decode(tmp_path):
+  path = tmp_path / 'd.json'
+  decode.main(['--contexts', '32,64', '--layers', '1', '--tokens', '4', '--repeats', '1', '--width', '32', '--output', str(path)])
+  saved = check(path, 'decode')
+  size = {(row['row'], row['context']): row['state_bytes'] for row in saved['rows']}
+  assert size['holographic', 32] == size['holographic', 64]
+  assert size['attention, plain cache', 64] == 2 * size['attention, plain cache', 32] == 2 * 64 * 32 * 4
+  assert saved['targets'][-1]['value'] == 1.0 and all(row['tokens_per_second'] > 0 for row in saved['rows'])
+
+
+def write_text(folder, sizes):
+  draw = np.random.default_rng(0)
+  for split, lines in sizes.items():
+    rows = [' '.join(draw.choice(['to', 'be', 'or', 'not'], 5)) for _ in range(lines)]
+    (folder / split).write_text('\n'.join(rows) + '\n', encoding='utf-8')
+  return [part for split in sizes for part in (f'--{split}', str(folder / split))]
+
+
+def test_language(tmp_path):
+  files = write_text(tmp_path, {'train': 60, 'valid': 9, 'test': 7})
+  path = tmp_path / 'l.json'
+  language.main([*files, '--tokens', 'words', '--models', 'holographic;attention', '--width', '16', '--layers', '1', '--hidden', '32',
+                 '--steps', '4', '--per_call', '2', '--eval_every', '2', '--batch', '2', '--length', '8', '--seeds', '2', '--warmup', '1',
+                 '--eval_batch', '4', '--lanes', '2', '--dropout', '0.1', '--patience', '3', '--output', str(path)])
+  saved = check(path, 'language')
+  assert saved['tokens']['test'] == 7 * 6 and saved['bytes']['test'] == (tmp_path / 'test').stat().st_size
+  memory, attention = saved['rows']
+  assert abs(memory['parameters'] / attention['parameters'] - 1) < 0.05
+  assert set(memory['test_nll']) == {'sliding', 'carried'} and set(attention['test_nll']) == {'sliding'}
+  nll = np.array(memory['test_nll'][memory['evaluation']])
+  assert np.allclose(memory['bits_per_byte_seeds'], nll / np.log(2) * 7 * 6 / saved['bytes']['test'], rtol=1e-3)
+  assert np.allclose(memory['perplexity_seeds'], np.exp(nll), rtol=1e-3)
+  assert path.with_suffix('.png').stat().st_size > 1000
+
+
+def test_text_as_bytes_and_words(tmp_path):
+  files = write_text(tmp_path, {'train': 6, 'valid': 3, 'test': 2})
+  paths = dict(zip(('train', 'valid', 'test'), files[1::2], strict=True))
+  texts, vocabulary = language.read_texts(paths, 'bytes', 5)
+  assert vocabulary == 256 and texts['test'].tokens == texts['test'].bytes == (tmp_path / 'test').stat().st_size
+  assert texts['test'].stream.shape == texts['valid'].stream.shape == (texts['valid'].tokens + 6,)
+  texts, vocabulary = language.read_texts(paths, 'words', 5)
+  assert vocabulary == 5 and texts['test'].tokens == 2 * 6                 # five words and <eos> a line
+  inputs, targets = language.window(texts['train'].stream, jax.numpy.array([0, 6]), 6)
+  assert inputs[0, 0] == targets[0, 5] == targets[1, 5] and (inputs[:, 1:] == targets[:, :-1]).all()
+
+
+def test_equal_parameters():
+  sizes = dict(width=64, layers=2, heads=4, window=8, vocabulary=256, dropout=0.0, dtype='float32')
+  count = language_models.parameters(language_models.model_config('hybrid', **sizes))
+  for name in language_models.NAMES:
+    found = language_models.parameters(language_models.matched(language_models.model_config(name, **sizes), count))
+    assert abs(found / count - 1) < 0.02, name
+
+
+def test_tables_and_numbers(capsys):
+  common.show('T', [{'a': 'x', 'b': 1234567, 'c': 0.12345}, {'a': 'long', 'b': None}], ('a', 'b', 'c'))
+  out = capsys.readouterr().out.splitlines()
+  assert out[1:] == ['T', 'a             b      c', 'x     1,234,567  0.123', 'long']
+  assert common.tidy({'a': np.float32(1 / 3), 'b': [float('nan'), np.arange(2)], 3: True}) == {'a': 0.33333, 'b': [None, [0, 1]], '3': True}
+  common.judge([{'what': 'w', 'value': 1.0, 'target': 2.0}, {'what': 'v', 'value': None, 'target': 2.0}])
+  assert 'NO' in (printed := capsys.readouterr().out) and 'not run' in printed
+
+
+def test_imports_need_no_training_libraries():
+  block = f'import sys\nfor name in {ABSENT}: sys.modules[name] = None\n'
+  names = ', '.join(('decode', 'holographic', 'language', 'recall'))
+  done = subprocess.run([sys.executable, '-c', f'{block}from benchmarks import {names}'], cwd=Path(__file__).parent.parent,
+                        capture_output=True, text=True, check=False)
+  assert done.returncode == 0, done.stderr
