@@ -48,8 +48,8 @@ def test_replay_of_a_perfect_memory_is_zero():
   assert quick(loss)(value) <= 1e-5
 
 
-def test_replay_rewards_keeping():
-  """`test_aux_is_not_degenerate`: raising keep lowers the replay loss and raises the immediate one (table of section 6)."""
+def test_aux_is_not_degenerate():
+  """Raising keep lowers the replay loss and raises the immediate one (table of section 6)."""
   pairs, repeats = 64, 20
   key = random_keys(0, 'key', np.arange(repeats * pairs).reshape(repeats, pairs), 32, kind='phasor')[:, :, None]
   value, z = normal(repeats, pairs, 1, 32), normal(repeats, pairs, 1, 8, seed=1)
