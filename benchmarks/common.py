@@ -22,7 +22,7 @@ MEBI = 2 ** 20
 
 class Case(NamedTuple):
   """A function and its arguments, compiled: what to call, seconds of compilation, MiB of temporaries."""
-  name: str
+  name: Any
   call: Callable
   arguments: tuple
   compile_s: float
@@ -34,7 +34,7 @@ def on_gpu() -> bool:
   return jax.default_backend() in ('gpu', 'cuda', 'rocm')
 
 
-def compile_case(name: str, function: Callable, arguments: tuple, **options: Any) -> Case:
+def compile_case(name: Any, function: Callable, arguments: tuple, **options: Any) -> Case:
   """The compiled case; temporaries are those that XLA plans, arguments and results not counted."""
   lowered = jax.jit(function, **options).lower(*arguments)
   started = time.perf_counter()
@@ -43,11 +43,11 @@ def compile_case(name: str, function: Callable, arguments: tuple, **options: Any
   return Case(name, compiled, arguments, time.perf_counter() - started, getattr(usage, 'temp_size_in_bytes', 0) / MEBI)
 
 
-def compile_cases(jobs: dict[str, tuple[Callable, tuple]]) -> dict[str, Case]:
-  """All jobs compiled; on an accelerator several at once, since compilation is what such a run waits for."""
+def compile_cases(jobs: dict[Any, tuple[Callable, tuple]], **options: Any) -> dict[Any, Case]:
+  """All jobs compiled; on an accelerator several at once, since compilation is what such a run waits for. Options of `jax.jit`."""
   workers = min(8, os.cpu_count() or 1) if on_gpu() else 1
   with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-    cases = pool.map(lambda job: compile_case(job[0], *job[1]), jobs.items())
+    cases = pool.map(lambda job: compile_case(job[0], *job[1], **options), jobs.items())
     return {case.name: case for case in cases}
 
 

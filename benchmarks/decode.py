@@ -95,12 +95,25 @@ def decode(step, tokens: int, params, state, token_B, position_B):
   return jax.lax.scan(body, (state, token_B, position_B), None, length=tokens)[0]
 
 
-def measure(model, context: int, *, tokens: int, repeats: int) -> dict[str, Any]:
+def compile_all(models: dict[str, tuple], contexts: list[int], tokens: int) -> dict[tuple[str, int], common.Case]:
+  """The decoding of every row at every context; one compilation serves all contexts where the state has one shape."""
+  jobs, like = {}, {}
+  one = jax.ShapeDtypeStruct((1,), jnp.int32)
+  for row, (params, empty, step) in models.items():
+    for context in contexts:
+      state = jax.eval_shape(functools.partial(empty, context))
+      shape = (row, str(state))
+      like[row, context] = shape
+      jobs[shape] = functools.partial(decode, step, tokens), (params, state, one, one)
+  cases = common.compile_cases(jobs, donate_argnums=(1,))
+  return {key: cases[shape] for key, shape in like.items()}
+
+
+def measure(model, case: common.Case, context: int, *, tokens: int, repeats: int) -> dict[str, Any]:
   """{'tokens_per_second', 'state_bytes', 'temporary_mib', ...} at one context; the first call is left out."""
-  params, empty, step = model
+  params, empty, _ = model
   state = filled(empty, context, tokens * (repeats + 1))
   carry = (state, jnp.zeros((1,), jnp.int32), jnp.full((1,), context - tokens * (repeats + 1), jnp.int32))
-  case = common.compile_case('', functools.partial(decode, step, tokens), (params, *carry), donate_argnums=(1,))
   times = []
   for _ in range(repeats + 1):
     started = time.perf_counter()
@@ -142,7 +155,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
   for layers in a.layers:
     sizes = dict(width=a.width, layers=layers, dtype=dtype)
     models = {row: plain_model(**sizes) if row == PLAIN else library_model(row, **sizes) for row in a.rows}
-    table = [{'layers': layers, 'row': row, 'context': context, **measure(model, context, tokens=tokens, repeats=a.repeats)}
+    cases = compile_all(models, contexts, tokens)
+    table = [{'layers': layers, 'row': row, 'context': context,
+              **measure(model, cases[row, context], context, tokens=tokens, repeats=a.repeats)}
              for context in contexts for row, model in models.items()]
     title = f'Decoding, batch 1, width {a.width}, {layers} layer{"s" if layers > 1 else ""}, {dtype}'
     common.show(title, table, ('context', 'row', 'tokens_per_second', 'us_per_token', 'state_bytes', 'temporary_mib', 'compile_s'))

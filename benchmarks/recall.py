@@ -8,6 +8,7 @@ queries of fresh test batches is reported. State is that of one layer: floats of
   python -m benchmarks.recall --small                        two CPU cores, a few minutes
   python -m benchmarks.recall                                one H200, see --settings and --budget
 """
+import json
 import time
 from typing import Any, NamedTuple
 
@@ -38,7 +39,7 @@ SETTINGS = {
   'wide': Setting(256, 16, 64, 128, 3000, (2e-3, 5e-3), recall_rows.WIDE),
   'kinds': Setting(64, 8, 32, 128, 1600, (3e-3, 1e-2), recall_rows.KINDS),
   'curve': Setting(64, 16, 64, 128, 2000, (5e-3, 1e-2, 2e-2), recall_rows.CURVE),
-  'large': Setting(128, 64, 256, 8192, 4000, (2e-3, 5e-3), recall_rows.LARGE),
+  'large': Setting(128, 64, 256, 8192, 3000, (2e-3, 5e-3), recall_rows.LARGE),
 }
 
 
@@ -196,13 +197,18 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
   make.add_argument('--width', type=int, default=0, help='default by setting')
   make.add_argument('--per_call', type=int, default=200, help='steps a compiled call')
   make.add_argument('--budget', type=float, default=0, help='seconds after which no row is started; 0 = no limit')
+  make.add_argument('--append', action='store_true', help='keep the other rows of the output file')
   make.add_argument('--lazy', action='store_true', help='compile each row when its turn comes, instead of all of a setting first')
   a = make.parse_args(argv)
   a.started = time.perf_counter()
   if a.small:
     a.settings, a.steps, a.rates, a.rows = a.settings or ['kinds'], a.steps or 1000, a.rates or (1e-2,), a.rows or ['small_state']
   rows: list[dict[str, Any]] = []
-  def save(rows):
+  path = common.target_path('recall', a.output)
+  kept = json.loads(path.read_text(encoding='utf-8'))['rows'] if a.append and path is not None and path.exists() else []
+  def save(new):
+    made = {(row['setting'], row['row']) for row in new}
+    rows = [row for row in kept if (row['setting'], row['row']) not in made] + new
     result = {'seeds': list(range(a.seeds)), 'settings': {n: [v for v in s if not isinstance(v, dict)] for n, s in SETTINGS.items()},
               'rows': rows, 'targets': targets(rows)}
     common.save('recall', a.output, result, commit=a.commit)
@@ -213,10 +219,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     setting = setting._replace(rows=chosen, batch=a.batch, steps=a.steps or setting.steps, rates=a.rates or setting.rates,
                                width=a.width or setting.width)
     if chosen: run_setting(name, setting, a, save, rows)
-  common.judge(targets(rows))
+  result = save(rows)
+  common.judge(result['targets'])
   figure = common.target_path('recall', a.output, '.png')
-  if figure is not None and any(row['setting'] in ('equal', 'curve') for row in rows): draw(rows, figure)
-  return save(rows)
+  if figure is not None and any(row['setting'] in ('equal', 'curve') for row in result['rows']): draw(result['rows'], figure)
+  return result
 
 
 if __name__ == '__main__':

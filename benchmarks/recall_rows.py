@@ -75,10 +75,10 @@ EQUAL = {                                  # width 64: 512 floats of state a lay
   'holographic, keep none, no gate': holographic(plain=True), 'holographic without binding': holographic('none'),
 }
 CURVE = {
-  **{f'small_state, {n} slots': small_state(slots=n) for n in (1, 2, 4, 16, 32)},
-  **{f'linear attention, {n} heads': linear(n) for n in (32, 16, 4, 2, 1)},
-  **{f'delta rule, {n} heads': delta(n) for n in (32, 16, 4, 2, 1)},
-  **{f'window {n}': window(n) for n in (8, 16, 32)}, 'attention': attention,
+  **{f'small_state, {n} slots': small_state(slots=n) for n in (2, 4, 16, 32)},
+  **{f'linear attention, {n} heads': linear(n) for n in (16, 4, 2, 1)},
+  **{f'delta rule, {n} heads': delta(n) for n in (16, 4, 1)},
+  **{f'window {n}': window(n) for n in (8, 16)}, 'attention': attention,
 }
 WIDE = {
   'holographic': holographic(), 'holographic, keep none, no gate': holographic(plain=True),
