@@ -8,6 +8,7 @@ import numpy as np
 
 from memjax.config.errors import ConfigError, UserError
 from memjax.config.options import config, option
+from memjax.runtime.sharding import settle
 
 SEGMENT = 512      # tokens of a prompt that enter the model in one call; longer prompts take several
 CHUNK = 16         # tokens generated in one call
@@ -88,16 +89,18 @@ def check_prompts(prompts: Sequence[Sequence[int]], vocabulary: int) -> list[np.
 def pad_left(prompts: Sequence[np.ndarray], segment: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """(token, position, mask), each [B, L]: prompts end at the last column; positions count the real tokens from 0.
 
-  L is a power of two up to `segment`, beyond it a multiple of `segment`.
+  L is a power of two up to `segment`, beyond it a multiple of `segment`; then all segments of a prompt but the last are
+  full and the padding stands inside the last, so that each segment begins at a multiple of `segment` real tokens.
   """
   longest = max(p.size for p in prompts)
-  length = min(segment, 1 << (longest - 1).bit_length())
-  length *= -(-longest // length)
+  piece = min(segment, 1 << (longest - 1).bit_length())
+  length = piece * -(-longest // piece)
   token_BxL = np.zeros((len(prompts), length), np.int32)
   mask_BxL = np.zeros(token_BxL.shape, bool)
   for row, prompt in enumerate(prompts):
-    token_BxL[row, length - prompt.size:] = prompt
-    mask_BxL[row, length - prompt.size:] = True
+    last = (prompt.size - 1) % piece + 1
+    places = np.r_[length - piece - (prompt.size - last):length - piece, length - last:length]
+    token_BxL[row, places], mask_BxL[row, places] = prompt, True
   return token_BxL, np.maximum(np.cumsum(mask_BxL, 1, dtype=np.int32) - 1, 0), mask_BxL
 
 
@@ -142,7 +145,7 @@ class Sampler:
     for cut in range(0, token_BxL.shape[1], step):
       part = slice(cut, cut + step)
       flow = {'position_BxL': position_BxL[:, part], 'mask_BxL': None if mask_BxL[:, part].all() else mask_BxL[:, part]}
-      logits_BxA, state = self.prefill(params, state, token_BxL[:, part], flow)
+      logits_BxA, state = settle(self.prefill(params, state, token_BxL[:, part], flow))
     position_B = jnp.asarray([prompt.size for prompt in prompts], jnp.int32)
     return logits_BxA, state, position_B, jnp.zeros((), jnp.int32)
 

@@ -8,10 +8,11 @@ import pytest
 
 from memjax.config.errors import UserError
 from memjax.config.mixers import AttentionConfig, HolographicConfig, WindowConfig
-from memjax.config.schema import EmbeddingConfig, ModelConfig
+from memjax.config.schema import EmbeddingConfig, MeshConfig, ModelConfig
 from memjax.data.tokenizers import ByteTokenizer
-from memjax.models.decoder import build_decoder, init_params
+from memjax.models.decoder import build_decoder, init_params, param_shapes
 from memjax.runtime.sampling import Sampler, Sampling, draw, generate, keep_min_p, keep_top_k, keep_top_p, pad_left, shape_logits
+from memjax.runtime.sharding import make_mesh, shardings_for
 from memjax.runtime.text import StopText, Writer
 
 MIXERS = {'full': AttentionConfig(heads=2), 'window': WindowConfig(heads=2, window=8), 'mem': HolographicConfig(heads=2)}
@@ -128,7 +129,9 @@ def test_pad_left_counts_real_tokens():
   token, position, mask = pad_left([np.asarray([4, 5, 6, 7, 8]), np.asarray([9])], 64)
   assert token.shape == (2, 8) and token[0].tolist() == [0, 0, 0, 4, 5, 6, 7, 8]
   assert position[0].tolist() == [0, 0, 0, 0, 1, 2, 3, 4] and mask[1].tolist() == [False] * 7 + [True]
-  assert pad_left([np.zeros(130, np.int32)], 64)[0].shape == (1, 192)
+  token, position, mask = pad_left([np.arange(1, 11), np.arange(1, 5), np.arange(1, 9)], 4)
+  assert token.tolist() == [[1, 2, 3, 4, 5, 6, 7, 8, 0, 0, 9, 10], [0] * 8 + [1, 2, 3, 4], [0] * 4 + [1, 2, 3, 4, 5, 6, 7, 8]]
+  assert position[0].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 7, 7, 8, 9] and (mask == (token > 0)).all()
 
 
 def test_rows_do_not_see_each_other(everything, random):
@@ -162,6 +165,13 @@ def test_long_prompts_enter_in_segments(everything, greedy):
   (a, *_), (b, *_) = (s.start(everything[1], prompts, 64) for s in (cut, greedy))
   np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()))
   assert cut.prefill._cache_size() == 2                            # with and without padding, whatever the length
+
+
+def test_parameters_may_lie_on_many_devices(everything, greedy):
+  mesh = make_mesh(MeshConfig(data=2, fsdp=2, model=2))
+  params = jax.device_put(everything[1], shardings_for(param_shapes(everything[0])[1], mesh, everything[1]))
+  with jax.set_mesh(mesh): spread = tokens_of(Sampler(everything[0], greedy.sampling, segment=8), params, PROMPTS, 16)
+  np.testing.assert_array_equal(spread, tokens_of(greedy, everything[1], PROMPTS, 16))
 
 
 def test_generation_feeds_tokens_once(everything, greedy):
