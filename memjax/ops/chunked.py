@@ -124,10 +124,10 @@ def _head_decay(reading, writing, allowed):
 
 
 @jax.custom_vjp
-def _head_weights(p, a, reading, writing, allowed):
-  """W = (P A^T) * decay for one keep per head; `reading` and `writing` are the sums of log keeps at t and at i."""
+def _head_weights(p, a, totals, allowed):
+  """W = (P A^T) * decay for one keep per head; `totals` are the sums of log keeps at the read of t and the write of i."""
   product = jnp.einsum('bhngts,bhnis->bhngti', p, a, preferred_element_type=p.dtype)
-  return _scaled(product, _head_decay(reading, writing, allowed))
+  return _scaled(product, _head_decay(*totals, allowed))
 
 
 def _head_weights_forward(*inputs):
@@ -136,14 +136,14 @@ def _head_weights_forward(*inputs):
 
 def _head_weights_backward(inputs, dw):
   """Gradients without the C x C decay or the product as residuals: d log keep is P dP at t and -A dA at i (section 4.6)."""
-  p, a, reading, writing, allowed = inputs
+  p, a, (reading, writing), allowed = inputs
   dw = _scaled(dw, _head_decay(reading, writing, allowed))
   wide = reading.dtype
   dp = jnp.einsum('bhngti,bhnis->bhngts', dw, a, preferred_element_type=wide)
   da = jnp.einsum('bhngti,bhngts->bhnis', dw, p, preferred_element_type=wide)
   shrink = lambda x, like: jnp.sum(x, tuple(n for n in range(3) if like.shape[n] == 1), keepdims=True)
   dreading, dwriting = shrink(jnp.sum(p * dp, (3, 5)), reading), -shrink(jnp.sum(a * da, 4), writing)
-  return dp.astype(p.dtype), da.astype(a.dtype), dreading, dwriting, None
+  return dp.astype(p.dtype), da.astype(a.dtype), (dreading, dwriting), None
 
 
 _head_weights.defvjp(_head_weights_forward, _head_weights_backward)
@@ -176,7 +176,7 @@ def weights(c: Chunks, pick_BxHxNxGxCxS, address_BxHxNxCxS):
   allowed = _causal(c, a.shape[3])
   product = lambda p, a: jnp.einsum('bhngts,bhnis->bhngti', p, a, preferred_element_type=p.dtype)
   if c.total is None: return jnp.where(allowed[:, :, :, None], product(p, a), 0)
-  if c.total.shape[-1] == 1: return _head_weights(p, a, _read_total(c)[..., 0], c.total[..., 0], allowed)
+  if c.total.shape[-1] == 1: return _head_weights(p, a, (_read_total(c)[..., 0], c.total[..., 0]), allowed)
   if not c.is_factored:
     return jnp.einsum('bhngts,bhntis->bhngti', p, _slot_decay(c, allowed).astype(p.dtype) * a[:, :, :, None])
   reading, writing = _halves(c)              # masked products may overflow: they are dropped by `where`, never multiplied by zero

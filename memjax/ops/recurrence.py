@@ -46,7 +46,7 @@ def slot_mix(state_BxHxSxK, bound_BxLxHxK, address_BxLxHxS, pick_BxLxGxHxS, *, l
   """
   inputs = clean(bound_BxLxHxK, address_BxLxHxS, pick_BxLxGxHxS, log_keep=log_keep, reset_BxL=reset_BxL, mask_BxL=mask_BxL)
   options = dict(order=order, form=form, chunk=chunk, decay=decay, floor=floor, carry=carry)
-  return _run(state_BxHxSxK, inputs, (slot_read, _chunk_read), mask_BxL, options)
+  return _run(state_BxHxSxK, inputs, (slot_read, _chunk_read), mask_BxL=mask_BxL, **options)
 
 
 def slot_scores(state_BxHxSxK, bound_BxLxHxK, address_BxLxHxS, probe_BxLxGxHxK, **options):
@@ -57,7 +57,7 @@ def slot_scores(state_BxHxSxK, bound_BxLxHxK, address_BxLxHxS, probe_BxLxGxHxK, 
   """
   log_keep, reset, mask = (options.pop(name, None) for name in ('log_keep', 'reset_BxL', 'mask_BxL'))
   inputs = clean(bound_BxLxHxK, address_BxLxHxS, probe_BxLxGxHxK, log_keep=log_keep, reset_BxL=reset, mask_BxL=mask)
-  return _run(state_BxHxSxK, inputs, (_score, _chunk_score), mask, options)[1]
+  return _run(state_BxHxSxK, inputs, (_score, _chunk_score), mask_BxL=mask, **options)[1]
 
 
 def slot_copies(state_BxHxSxK, bound_BxLxHxSxK, *, gate_BxLxH=None, log_keep=None, **options):
@@ -115,16 +115,14 @@ def check(form: str, order: str, log_keep) -> None:
     raise UserError("keep per channel has no chunked form; use form='scan' or 'associative'")
 
 
-def _run(state, inputs, reads, mask_BxL, options):
+def _run(state, inputs, reads, *, mask_BxL, order='after', form='chunk', carry='auto', chunk=0, decay='auto', floor=-20.0):
   """(state, outputs) of any read that is linear in the state: `reads` are its one-token and its chunked function."""
-  options = dict(order='after', form='chunk', chunk=0, decay='auto', floor=-20.0, carry='auto') | options
-  form, order, how = options.pop('form'), options['order'], options.pop('carry')
   bound, _, _, log_keep, reset = inputs
   check(form, order, log_keep)
   state = state.astype(jnp.promote_types(jnp.float32, state.dtype))
   if form == 'chunk':
-    c, size = plan(log_keep, reset, bound.shape[1], **options)
-    state, y = _chunk(c, state, (inputs[:3], size), (reads[1], how))
+    c, size = plan(log_keep, reset, bound.shape[1], order=order, chunk=chunk, decay=decay, floor=floor)
+    state, y = _chunk(c, state, (inputs[:3], size), (reads[1], carry))
   else: state, y = (_scan if form == 'scan' else _associative)(state, inputs, order, reads[0])
   y = y.astype(bound.dtype)
   return state, y if mask_BxL is None else jnp.where(mask_BxL[:, :, None, None, None], y, 0)
