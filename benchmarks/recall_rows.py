@@ -1,4 +1,5 @@
 """The models that `benchmarks.recall` compares: name -> mixer configs of a two-layer decoder, by width."""
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -33,6 +34,17 @@ def small_state(binding: str = 'phasor', *, slots: int = 8) -> Make:
   def make(width):
     return HolographicConfig(heads=1, key_width=width, slots=slots, binding=BindingConfig(kind=binding), form=FORM,
                              address=AddressConfig(kind='sigmoid', tie=True, gate=''), keep=KeepConfig(kind='slot', bias=4.0))
+  return make
+
+
+def varied(**changes: Any) -> Make:
+  """small_state with fields changed; those of binding, address, keep and read by 'part__field'."""
+  def make(width):
+    config = small_state()(width)
+    for name, value in changes.items():
+      part, _, field = name.partition('__')
+      config = dataclasses.replace(config, **{part: dataclasses.replace(getattr(config, part), **{field: value}) if field else value})
+    return config
   return make
 
 
@@ -89,6 +101,16 @@ WIDE = {
 LARGE = {
   'holographic': holographic(), 'holographic, keep none, no gate': holographic(plain=True), 'small_state, 16 slots': small_state(slots=16),
   'linear attention': linear(), 'gated delta rule': delta(keep='head'), 'attention': attention,
+}
+PRESET = {                                 # small_state, one thing changed at a time
+  'small_state': small_state(), 'identity 0': varied(binding__identity_bias=0.0), 'identity 1': varied(binding__identity_bias=1.0),
+  'identity 4': varied(binding__identity_bias=4.0), 'conv 2': varied(conv_width=2), 'conv 3': varied(conv_width=3),
+  'keep none': varied(keep=KeepConfig(kind='none')), 'keep bias 6': varied(keep__bias=6.0), 'keep bias 3': varied(keep__bias=3.0),
+  'keep static': varied(keep=KeepConfig(kind='static')), 'keep head': varied(keep=KeepConfig(kind='head', bias=4.0)),
+  'untied routers': varied(address__tie=False), 'gate head': varied(address__gate='head'), 'signed slots': varied(address__kind='signed'),
+  'softmax slots': varied(address__kind='softmax'), 'content slots': varied(address__kind='content'), 'no norm': varied(read__norm=''),
+  'bipolar': varied(binding__kind='bipolar'), 'unitary': varied(binding__kind='unitary'),
+  '2 heads of 8 x 32': varied(heads=2, key_width=32), '4 heads of 8 x 16': varied(heads=4, key_width=16),
 }
 KINDS = {
   'small_state': small_state(), 'holographic': holographic(), 'window 8': window(8), 'attention': attention,

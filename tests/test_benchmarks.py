@@ -58,11 +58,11 @@ def test_recall(tmp_path):
   assert by_name['small_state']['state_floats'] == 8 * 16 and by_name['linear attention']['state_floats'] == 16 * 16 // 8
   assert all(0 <= row['accuracy'] <= 1 and len(row['seeds']) == 2 and list(row['by_rate']) == ['0.01'] for row in saved['rows'])
   assert path.with_suffix('.png').stat().st_size > 1000
-  assert [t['value'] is None for t in saved['targets']] == [True, False, False]
+  assert [t['value'] is None for t in saved['targets']] == [True, True, True, False, False]
 
 
 def test_rows_of_equal_state():
-  for name, make in recall_rows.EQUAL.items():
+  for name, make in (recall_rows.EQUAL | recall_rows.PRESET).items():
     config = recall_rows.model_config(make, width=64, vocabulary=128)
     mixer = config.mixers['memory']
     K = mixer.key_width or 64 // mixer.heads
