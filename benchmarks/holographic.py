@@ -7,6 +7,7 @@ inputs, for both sides. Attention is `jax.nn.dot_product_attention`: cuDNN in bf
   python -m benchmarks.holographic --small          two CPU cores, about two minutes
   python -m benchmarks.holographic                  one H200, about four minutes, compilation included
 """
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -14,7 +15,15 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import common
-from memjax.config.mixers import AttentionConfig, HolographicConfig
+from memjax.config.mixers import (
+  AddressConfig,
+  AttentionConfig,
+  BindingConfig,
+  FormConfig,
+  HolographicConfig,
+  KeepConfig,
+  ReadConfig,
+)
 from memjax.memory.registry import make_memory
 from memjax.ops.binding import bind, from_spectrum, resolve_transform, spectrum_scale, to_spectrum, unbind
 from memjax.ops.chunked import choose_chunk
@@ -117,11 +126,23 @@ def attention_job(size: Size, dtype: str, backward: bool):
   return (functools.partial(both_passes, forward), (x['cotangent'][:, :, 0], *arguments)) if backward else (forward, arguments)
 
 
+def layer_config(name: str, size: Size):
+  """The mixer of a layer by the name of its row: a memory, or the one of S slots with something left out."""
+  few = HolographicConfig(heads=size.H, slots=size.S)
+  off = {'conv': dict(conv_width=0), 'recomputation': dict(form=FormConfig(remat=False)), 'norm': dict(read=ReadConfig(norm='')),
+         'keep': dict(keep=KeepConfig(kind='none')), 'binding': dict(binding=BindingConfig(kind='none')),
+         'gate': dict(address=AddressConfig(gate=''))}
+  named = {'attention': AttentionConfig(heads=size.H), f'holographic S={size.S}': few, 'holographic S=K': HolographicConfig(heads=size.H)}
+  return named[name] if name in named else dataclasses.replace(few, **off[name.removeprefix('without ')])
+
+
+PARTS = tuple(f'without {part}' for part in ('conv', 'recomputation', 'norm', 'keep', 'binding', 'gate'))
+
+
 def layer_job(memory: str, size: Size, dtype: str):
   """(function, arguments) of a whole layer, projections included: result, gradients of parameters and input."""
-  B, L, H, K, S = size
-  config = {'attention': AttentionConfig(heads=H), f'holographic S={S}': HolographicConfig(heads=H, slots=S),
-            'holographic S=K': HolographicConfig(heads=H)}[memory]
+  B, L, H, K, _ = size
+  config = layer_config(memory, size)
   module = make_memory(config, H * K, dtype=jnp.dtype(dtype), parent=None)
   position = jnp.arange(L)[None] + jnp.ones((B, 1), jnp.int32)                  # no document starts inside
   x = jax.random.normal(jax.random.key(0), (B, L, H * K), dtype)
@@ -188,9 +209,10 @@ def run_table(preset: str, size: Size, dtype: str, *, passes: list[str], repeats
   return out
 
 
-def run_layers(size: Size, dtype: str, *, repeats: int, inner: int) -> list[dict[str, Any]]:
-  """One dict a layer, forward + backward with projections."""
+def run_layers(size: Size, dtype: str, *, repeats: int, inner: int, parts: bool = False) -> list[dict[str, Any]]:
+  """One dict a layer, forward + backward with projections; `parts` adds the layer of few slots with one thing left out at a time."""
   names = [f'holographic S={size.S}', 'holographic S=K'] + (['attention'] if fits('attention', size._replace(H=8), dtype) else [])
+  names += PARTS if parts else ()
   jobs = {name: layer_job(name, size, dtype) for name in names}
   times = common.time_cases(common.compile_cases(jobs).values(), repeats=repeats, inner=inner)
   reference = times.get('attention', {}).get('ms')
@@ -221,6 +243,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
   make.add_argument('--passes', type=common.words, default=[], help='forward,both; default both of them on CPU, both on GPU')
   make.add_argument('--repeats', type=int, default=0, help='timed rounds; default 5')
   make.add_argument('--tiny', action='store_true', help='a few rows at toy sizes')
+  make.add_argument('--parts', action='store_true', help='whole layers also with one part left out at a time')
+  make.add_argument('--no_mixing', action='store_true', help='whole layers only')
   make.add_argument('--no_layers', action='store_true', help='leave the whole layers out')
   a = make.parse_args(argv)
   gpu, repeats = common.on_gpu(), a.repeats or (3 if a.small else 5)
@@ -231,14 +255,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
   tables = [('gpu' if gpu else 'tiny' if a.tiny else 'length', Size(max(tokens // L, 1), L, **shape)) for L in lengths]
   if not gpu and not a.tiny: tables.insert(0, ('small' if a.small else 'forms', Size(4, 1024, **shape)))
   passes, rows = a.passes or (['both'] if gpu or a.small else ['forward', 'both']), []
-  for preset, size in tables:
+  for preset, size in [] if a.no_mixing else tables:
     table = run_table(preset, size, dtype, passes=passes, **timing)
     report(f'Mixing: B={size.B} L={size.L} {size.H} x {size.K}, {size.S} slots, {dtype}', table)
     rows += table
   layer = dict(H=shape['H'] if gpu else 2 if a.tiny else 8, K=64 if gpu else 8 if a.tiny else 64, S=8)
   layer_lengths = [] if a.no_layers else lengths if gpu or a.tiny else [1024] if a.small else [256, 1024, 4096]
   sizes = [Size(max(tokens // L, 1), L, **layer) for L in layer_lengths]
-  layers = [row for size in sizes for row in run_layers(size, dtype, **timing)]
+  layers = [row for size in sizes for row in run_layers(size, dtype, parts=a.parts, **timing)]
   if layers: report('Whole layers, forward + backward', layers)
   judged = targets(rows)
   common.judge(judged)
