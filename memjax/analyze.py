@@ -19,7 +19,7 @@ FLAGS = (
     Flag('rows', int, 4, 'pieces of the text', low=1),
     Flag('tokens', int, 512, 'tokens of each piece', low=2),
     Flag('cost', bool, True, 'measures time and bytes of one layer against attention; --nocost leaves it out'),
-    Flag('lengths', tuple[int, ...], (128, 256, 512, 1024), 'tokens at which they are measured, as 128,256', low=2),
+    Flag('lengths', tuple[int, ...], (128, 512, 1024), 'tokens at which they are measured, as 128,512', low=2),
 )
 
 

@@ -103,7 +103,7 @@ FIGURES = {
     'slot_use': Kind(draw_slot_use, _wide, _unless(addressed, NO_SLOTS)),
     'predictions': Kind(text.draw_predictions, text.size_of, _unless(lambda r: r['predictions']['target'], 'the text is empty')),
     'layer_norms': Kind(draw_layer_norms, lambda r: (9, 3.8), lambda r: ''),
-    'cost': Kind(lines.draw_cost, lambda r: (12, 4), _unless(lambda r: r.get('cost'), 'not measured (--nocost)')),
+    'cost': Kind(lines.draw_cost, lambda r: (12, 4), _unless(lambda r: r.get('cost'), 'not measured')),
     'capacity': Kind(lines.draw_capacity, lambda r: (3.2 + 3.2 * min(len(r['capacity']), 3), 4),
                      _unless(lambda r: r.get('capacity'), NO_KEYS)),
     'memory_over_time': Kind(lines.draw_memory_over_time, lambda r: (3.6 * min(len(slotted(r)), 4) + 1.2, 6.2), _unless(slotted, NO_SLOTS)),

@@ -17,7 +17,7 @@ from memjax.runtime.analysis.observe import round_list
 from memjax.runtime.tree import nbytes
 
 ITEMS = 512            # codebook of the capacity measurement
-SECONDS = 0.3          # time spent on each timing
+SECONDS = 0.2          # time spent on each timing
 
 
 def measure_cost(config: Config, lengths: list[int], *, rows: int = 1) -> dict[str, Any]:
@@ -36,23 +36,27 @@ def measure_cost(config: Config, lengths: list[int], *, rows: int = 1) -> dict[s
     used['full attention'] = AttentionConfig(heads=count, rotary=(model.width // count) % 2 == 0)
   result = {'lengths': lengths, 'rows': rows, 'device': jax.devices()[0].device_kind, 'width': model.width, 'memories': {}}
   for name, mixer in used.items():
-    columns = [_cost_of(mixer, model, length, rows) for length in lengths]
+    memory = make_memory(mixer, model.width, dtype=compute_dtype(model), parent=None)
+    columns = _costs_of(memory, lengths, rows)
     result['memories'][name] = {'kind': mixer.kind, **{key: [column[key] for column in columns] for key in columns[0]}}
   return result
 
 
-def _cost_of(mixer, model, length: int, rows: int) -> dict[str, float]:
-  memory = make_memory(mixer, model.width, dtype=compute_dtype(model), parent=None)
-  x_BxLxD = jax.random.normal(jax.random.key(0), (rows, length, model.width), compute_dtype(model))
-  position_BxL = jnp.broadcast_to(jnp.arange(length)[None], (rows, length))
-  def loss(params, x_BxLxD):
+def _costs_of(memory: Any, lengths: list[int], rows: int) -> list[dict[str, float]]:
+  def text(length):
+    x_BxLxD = jax.random.normal(jax.random.key(0), (rows, length, memory.width), memory.dtype)
+    return x_BxLxD, jnp.broadcast_to(jnp.arange(length)[None], (rows, length))
+  def loss(params, x_BxLxD, position_BxL):
     y_BxLxD = memory.apply(params, x_BxLxD, memory.init_state(rows), position_BxL=position_BxL)[0]
     return jnp.sum(y_BxLxD.astype(jnp.float32) ** 2)
-  params = jax.jit(lambda key: memory.init(key, x_BxLxD, memory.init_state(rows), position_BxL=position_BxL))(jax.random.key(1))
-  call = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(params, x_BxLxD).compile()
-  usage = call.memory_analysis()
-  return {'ms': median_ms(call, params, x_BxLxD), 'temporary_bytes': int(getattr(usage, 'temp_size_in_bytes', 0)),
-          'state_bytes': nbytes(jax.eval_shape(lambda: memory.init_state(1, length)))}
+  def init(key, x_BxLxD, position_BxL): return memory.init(key, x_BxLxD, memory.init_state(rows), position_BxL=position_BxL)
+  params, columns = jax.jit(init)(jax.random.key(1), *text(lengths[0])), []
+  for length in lengths:
+    call = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(params, *text(length)).compile()
+    state = jax.eval_shape(lambda length=length: memory.init_state(1, length))
+    columns.append({'ms': median_ms(call, params, *text(length)), 'state_bytes': nbytes(state),
+                    'temporary_bytes': int(getattr(call.memory_analysis(), 'temp_size_in_bytes', 0))})
+  return columns
 
 
 def median_ms(call: Any, *args: Any) -> float:

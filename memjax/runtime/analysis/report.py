@@ -19,7 +19,7 @@ NO_PLOT = "figures need matplotlib; pip install 'memjax[plot]'"
 
 
 def write_analysis(found: Run, tokens: Tokens, *, rows: int = 4, length: int = 512,
-                   lengths: tuple[int, ...] = (128, 256, 512, 1024)) -> tuple[pathlib.Path, dict[str, Any]]:
+                   lengths: tuple[int, ...] = (128, 512, 1024)) -> tuple[pathlib.Path, dict[str, Any]]:
   """(folder, report): W/analysis with analysis.json and, where matplotlib is installed, the figures as PNG.
 
   `rows` pieces of `length` tokens of the text are read; the cost is measured at `lengths`, () = not at all. Figures that
