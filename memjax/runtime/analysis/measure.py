@@ -70,8 +70,8 @@ def median_ms(call: Any, *args: Any) -> float:
   return float(f'{1000 * float(np.median(times)):.4g}')
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _recall(kind: str, key_NxHxK, address_NxHxS, loads_T, seed):
+@functools.partial(jax.jit, static_argnames='kind')
+def _recall(key_NxHxK, address_NxHxS, loads_T, *, kind: str, seed):
   """Share of pairs recalled at each load: the first N pairs superposed, values from a codebook, nearest item wins."""
   pairs, (H, K) = key_NxHxK.shape[0], key_NxHxK.shape[1:]
   book_key, choice_key = jax.random.split(seed)
@@ -107,7 +107,7 @@ def measure_capacity(kind: str, arrays: dict[str, np.ndarray], *, effective: flo
     plain = generator.standard_normal((top, H, S)).astype(np.float32)
     pairs = [(key[chosen], address[chosen]), (key_map(kind, jnp.asarray(raw)), plain / np.linalg.norm(plain, axis=-1, keepdims=True))]
     for out, (k, a) in zip((trained, control), pairs, strict=True):
-      out.append(np.asarray(_recall(kind, jnp.asarray(k), jnp.asarray(a), jnp.asarray(loads), jax.random.key(trial))))
+      out.append(np.asarray(_recall(jnp.asarray(k), jnp.asarray(a), jnp.asarray(loads), kind=kind, seed=jax.random.key(trial))))
   theory = lambda n: round_list([recall_probability(int(load), floats=n, items=ITEMS) for load in loads])
   return {'pairs': loads.tolist(), 'trained': round_list(np.mean(trained, 0)), 'random': round_list(np.mean(control, 0)),
           'theory': theory(floats), 'theory_ideal': theory(ideal), 'floats': round(floats), 'state_floats': ideal, 'items': ITEMS}

@@ -89,7 +89,7 @@ def observe(found: Run, tokens: Tokens, *, rows: int, length: int) -> tuple[dict
   return report, arrays
 
 
-def _call(model, params, state, batch, collect=False):
+def _call(model, params, state, batch, *, collect=False):
   return model.apply({'params': params}, batch['token'], state, position_BxL=batch['position'], mask_BxL=batch['mask'],
                      collect=collect)
 
@@ -138,8 +138,8 @@ def slots_of(seen: dict[str, np.ndarray], norm_TxBxHxS: np.ndarray, at: list[int
   return out
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def replay_cosines(kind: str, key_BxLxHxK, value_BxLxHxK, address_BxLxHxS, m_BxHxSxK):
+@functools.partial(jax.jit, static_argnames='kind')
+def replay_cosines(m_BxHxSxK, *, kind: str, key_BxLxHxK, value_BxLxHxK, address_BxLxHxS):
   """cos(unbind(key_i, sum_s address_i,s m_s), value_i) of every token i in the memory m, averaged over heads, [B, L].
 
   With it the same for the value of another token, half the text away: what a memory that knows only the mean would reach.
@@ -157,7 +157,7 @@ def replay(kind: str, arrays: dict[str, np.ndarray], m_BxHxSxK: Any, position_Bx
 
   Delays, in tokens, are the means of bins that grow by a third; 'control' compares with another token's value.
   """
-  cosine_BxL, control_BxL = (np.asarray(a) for a in replay_cosines(kind, *arrays.values(), m_BxHxSxK))
+  cosine_BxL, control_BxL = (np.asarray(a) for a in replay_cosines(m_BxHxSxK, kind=kind, **arrays))
   length = cosine_BxL.shape[1]
   start_B = np.array([np.flatnonzero(row == 0)[-1] if (row == 0).any() else 0 for row in position_BxL])
   delay_L, own_BxL = length - 1 - np.arange(length), np.arange(length)[None] >= start_B[:, None]
