@@ -112,7 +112,7 @@ def choose_rows(which_M, new, old):
 
 
 class Run:
-  """One model, all its members: compiled functions, training, evaluation."""
+  """One model, all its members: functions to be compiled (`jobs`, then `cases`), training, evaluation."""
 
   def __init__(self, config, a, texts: dict[str, Text]):
     self.model, self.a, self.texts = build_decoder(config), a, texts
@@ -123,15 +123,15 @@ class Run:
     start = jax.vmap(lambda seed: (lambda params: (params, optimizer.init(params)))(init(seed)))
     shapes, number, split = jax.eval_shape(start, self.seed_M), jax.ShapeDtypeStruct((), jnp.int32), texts['valid']
     train = jax.vmap(functools.partial(train_steps, self.model, optimizer, a), (0, 0, None, None, None, 0, 0))
-    jobs = {'start': (start, (self.seed_M,)),
-            'train': (train, (*shapes, texts['train'].stream, number, number, self.rate_M, self.seed_M))}
+    self.jobs = {'start': (start, (self.seed_M,)),
+                 'train': (train, (*shapes, texts['train'].stream, number, number, self.rate_M, self.seed_M))}
     recurrent = not any(mixer.kind == 'attention' for mixer in config.mixers.values())
     self.places = {'sliding': self._windows()} | ({'carried': self._segments()} if recurrent else {})
     for name, function in {'sliding': sliding, 'carried': carried}.items():
       if name not in self.places: continue
       mapped = jax.vmap(functools.partial(function, self.model, a), (0, None, None, None))
-      jobs[name] = (mapped, (shapes[0], split.stream, number, self.places[name]))
-    self.cases = common.compile_cases(jobs)
+      self.jobs[name] = (mapped, (shapes[0], split.stream, number, self.places[name]))
+    self.cases: dict[str, common.Case] = {}
 
   def _longest(self) -> int:
     return max(self.texts['valid'].tokens, self.texts['test'].tokens)
@@ -236,7 +236,7 @@ def arguments(argv):
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
   """Runs, prints and saves the table; returns the result."""
-  a = arguments(argv)
+  a, started = arguments(argv), time.perf_counter()
   texts, vocabulary = read_texts({split: getattr(a, split) for split in ('train', 'valid', 'test')}, a.tokens, a.length * (a.lanes + 2))
   name = 'language' + (f'-{a.name}' if a.name else '')
   sizes = dict(width=a.width, layers=a.layers, heads=a.heads, window=a.window, vocabulary=vocabulary, dropout=a.dropout, dtype=a.dtype)
@@ -247,8 +247,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
   rows, options = [], {k: v for k, v in vars(a).items() if k not in ('train', 'valid', 'test', 'output', 'commit')}
   result = {'options': options, 'vocabulary': vocabulary, 'tokens': {s: t.tokens for s, t in texts.items()}, 'rows': rows,
             'bytes': {s: t.bytes for s, t in texts.items()}}
+  runs = {model: Run(config, a, texts) for model, config in configs.items()}
+  cases = common.compile_cases({(model, part): job for model, run in runs.items() for part, job in run.jobs.items()})
+  for (model, part), case in cases.items(): runs[model].cases[part] = case
+  print(f'compiled after {time.perf_counter() - started:.0f} s', flush=True)
   for model, config in configs.items():
-    rows.append(report_model(model, config, Run(config, a, texts)))
+    rows.append(report_model(model, config, runs[model]))
     common.save(name, a.output, result, commit=a.commit)
   title = f'{a.name or "Text"}: {a.tokens}, width {a.width}, {a.layers} layers, {a.batch} x {a.length} a step, {a.seeds} seeds, {a.dtype}'
   common.show(title, rows, ('model', 'parameters', 'bits_per_byte', 'spread', 'perplexity', 'rate', 'evaluation', 'steps', 'train_s',
