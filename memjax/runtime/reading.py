@@ -41,8 +41,8 @@ def config_hash(config: Config) -> str:
 def open_run(workdir: str, step: int = 0) -> Run:
   """The run in a workdir at its best checkpoint, else the newest, or at `step`; nothing in it is changed.
 
-  Raises UserError for a folder that is missing or not a workdir, no usable checkpoint, and a tokenizer that is not the
-  one of the checkpoint.
+  A float64 model switches jax to 64 bits, as its training did. Raises UserError for a folder that is missing or not a
+  workdir, no usable checkpoint, and a tokenizer that is not the one of the checkpoint.
   """
   config = read_workdir(workdir)
   if config.model.dtype == 'float64': jax.config.update('jax_enable_x64', True)
