@@ -29,7 +29,7 @@ def find_taps(width: int, length: int, *, written_BxL: jax.Array | None, reset_B
   count_BxL = jnp.cumsum(written_BxL.astype(jnp.int32), 1)
   before_BxN = jnp.concatenate([count_BxL - written_BxL, count_BxL[:, -1:]], 1)
   place = jnp.where(written_BxL, count_BxL - 1, L)
-  where_BxL = jnp.zeros((B, L), jnp.int32).at[jnp.arange(B)[:, None], place].set(jnp.arange(L)[None] + W, mode='drop')
+  where_BxL = jnp.zeros((B, L), jnp.int32).at[jnp.arange(B)[:, None], place].set(jnp.arange(L, dtype=jnp.int32)[None] + W, mode='drop')
   rank_BxNxW = before_BxN[..., None] - jnp.arange(W).reshape(1, 1, -1)                # 1-based; <= 0 lies in the tail
   at = jnp.take_along_axis(where_BxL, jnp.clip(rank_BxNxW - 1, 0).reshape(B, -1), 1).reshape(rank_BxNxW.shape)
   source = jnp.where(rank_BxNxW > 0, at, W - 1 + rank_BxNxW)
