@@ -226,7 +226,9 @@ def arguments(argv):
   make.add_argument('--weight_decay', type=float, default=0.1)
   make.add_argument('--dtype', default='', choices=('', 'float32', 'bfloat16'), help='of compute; default bfloat16 on a GPU')
   a = make.parse_args(argv)
-  if a.small: a.width, a.layers, a.steps, a.seeds, a.batch, a.length = 64, 2, 400, 1, 16, 128
+  if a.small:                                    # other defaults; what the command line names still counts
+    make.set_defaults(width=64, layers=2, steps=400, seeds=1, batch=16, length=128)
+    a = make.parse_args(argv)
   a.context = a.length // 2 if a.context < 0 else a.context
   a.dtype = a.dtype or ('bfloat16' if common.on_gpu() else 'float32')
   a.eval_every = max(a.per_call, a.eval_every // a.per_call * a.per_call)
