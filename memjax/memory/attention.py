@@ -75,6 +75,13 @@ class Attention(Memory):
     y_BxHxK = attend_ring(inputs.q_BxLxHxK, state.k_BxMxGxK, state.v_BxMxGxK, state.count_B)
     return y_BxHxK.reshape(y_BxHxK.shape[0], -1)
 
+  def step(self, state, inputs, mask_B=None, *, write_mask_B=None, reset_B=None):
+    """One token against the ring; without a ring (max_len 0) it sees itself alone."""
+    if state.k_BxMxGxK.shape[1]: return super().step(state, inputs, mask_B, write_mask_B=write_mask_B, reset_B=reset_B)
+    row = lambda tree: jax.tree.map(lambda a: a[:, None], tree)
+    state, y_Bx1xE = self.parallel(state, row(inputs), row(mask_B), write_mask_BxL=row(write_mask_B), reset_BxL=row(reset_B))
+    return state, y_Bx1xE[:, 0]
+
   def parallel(self, state, inputs, mask_BxL=None, *, write_mask_BxL=None, reset_BxL=None):
     """All queries against the ring and each other at once."""
     B, L = inputs.q_BxLxHxK.shape[:2]

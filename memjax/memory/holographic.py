@@ -150,14 +150,14 @@ class Holographic(Memory):
     if not self.config.tiers.kind: return self._mix_items(state, inputs, mask_BxL, **flow)
     return self._mix_tiers(state, inputs, mask_BxL, **flow)
 
-  def _items(self, state, inputs, mask_BxL, write_mask_BxL, reset_BxL) -> tuple[Items, jax.Array, Any]:
+  def _items(self, state, inputs, mask_BxL, *, write_mask_BxL=None, reset_BxL=None) -> tuple[Items, jax.Array, Any]:
     reset_BxL = real_resets(reset_BxL, mask_BxL)
     written_BxL = both(mask_BxL, write_mask_BxL)
     streams, tail = self.projections.convolve(state.tail_BxTxE, inputs, written_BxL=written_BxL, reset_BxL=reset_BxL)
     return self.projections.items(streams, inputs, write_mask_BxL), tail, reset_BxL
 
   def _mix_items(self, state, inputs, mask_BxL, *, write_mask_BxL, reset_BxL):
-    items, tail, reset_BxL = self._items(state, inputs, mask_BxL, write_mask_BxL, reset_BxL)
+    items, tail, reset_BxL = self._items(state, inputs, mask_BxL, write_mask_BxL=write_mask_BxL, reset_BxL=reset_BxL)
     def run(m, items):
       m, mixed = self.mixing(m, items, mask_BxL=mask_BxL, reset_BxL=reset_BxL)
       return m, self._reads(mixed, items)
@@ -193,7 +193,7 @@ class Holographic(Memory):
   def _intervals(self, state, inputs, mask_BxL):
     """The fast form of two tiers: chunks inside an interval, one consolidation after it."""
     size, L = self.config.tiers.interval, inputs['position_BxL'].shape[1]
-    items, tail, _ = self._items(state, inputs, mask_BxL, None, None)
+    items, tail, _ = self._items(state, inputs, mask_BxL)
     B, N = state.count_B.shape[0], -(-L // size)
     valid_BxL = jnp.ones((B, L), bool) if mask_BxL is None else mask_BxL
     cut = lambda a: jnp.moveaxis(jnp.pad(a, [(0, 0), (0, N * size - L)] + [(0, 0)] * (a.ndim - 2)).reshape(
@@ -217,7 +217,7 @@ class Holographic(Memory):
     """RMS norm of the read (only here: a normalised trace would forget), optional gate, output projection."""
     c = self.config.read
     if c.norm:
-      _, H, _, K = self.parts.shape
+      K = self.parts.shape[-1]
       wide = y_BxLxE.astype(self.state_dtype)
       wide = wide.reshape(*wide.shape[:2], *((-1, K) if c.norm == 'head' else (1, -1)))
       wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + 1e-6)
@@ -227,7 +227,7 @@ class Holographic(Memory):
 
   def aux(self, state, inputs, y_BxLxE, **context):
     """Auxiliary losses (specification section 6) and monitors."""
-    items, _, resets = self._items(state, inputs, *(context[n] for n in FLOW))
+    items, _, resets = self._items(state, inputs, **{n: context[n] for n in FLOW})
     written_BxL = both(context['mask_BxL'], context['write_mask_BxL'])
     losses = auxiliary_losses(self, state.m_BxHxSxK, items, written_BxL=written_BxL, reset_BxL=resets,
                               key=context['key'], token_BxL=context['token_BxL'])
@@ -235,5 +235,5 @@ class Holographic(Memory):
 
   def statistics(self, state, inputs, y_BxLxE, **context):
     """Slot use, horizons and norms for the figures."""
-    items, _, _ = self._items(state, inputs, *(context[n] for n in FLOW))
+    items, _, _ = self._items(state, inputs, **{n: context[n] for n in FLOW})
     return {**super().statistics(state, inputs, y_BxLxE), **slot_statistics(self, items, state)}

@@ -169,7 +169,7 @@ class Projections(nn.Module):
 
   def items(self, streams, inputs, written_BxL=None) -> Items:
     """Keys, addresses, keep and gate of convolved streams. Tokens that may not write have no address and forget nothing."""
-    c, b, (G, H, S, K) = self.config, self.config.binding, self.shape
+    c, b, (G, H, _, K) = self.config, self.config.binding, self.shape
     transform = resolve_transform(b.kind, b.transform)
     head = lambda x, *shape: x.reshape(*x.shape[:2], *shape)
     raw = {n: head(jnp.tile(streams[n], (1, 1, count * H * K // streams[n].shape[-1])), *([count] if n == 'query' else []), H, K)

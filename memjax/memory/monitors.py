@@ -3,8 +3,16 @@ import jax
 import jax.numpy as jnp
 
 from memjax.ops.binding import real_bins
-from memjax.ops.holographic import (balance_loss, contrastive_loss, distinct, effective_slots, gather_tokens, replay_loss,
-                                   sample_candidates, sample_replay)
+from memjax.ops.holographic import (
+  balance_loss,
+  contrastive_loss,
+  distinct,
+  effective_slots,
+  gather_tokens,
+  replay_loss,
+  sample_candidates,
+  sample_replay,
+)
 
 SAMPLE = 64   # tokens of each row that the monitors look at
 

@@ -7,7 +7,8 @@ from memjax.memory.base import Memory
 from memjax.memory.holographic import Holographic
 from memjax.memory.holographic_seed import HolographicSeed
 
-MEMORIES: dict[str, type[Memory]] = {'attention': Attention, 'window': Window, 'holographic': Holographic, 'holographic_seed': HolographicSeed}
+MEMORIES: dict[str, type[Memory]] = {
+    'attention': Attention, 'window': Window, 'holographic': Holographic, 'holographic_seed': HolographicSeed}
 
 
 def make_memory(config: Any, width: int, **options: Any) -> Memory:

@@ -17,15 +17,16 @@ class Period(nn.Module):
   """The layers of one repeat of the pattern, in order."""
   config: ModelConfig
   layers: tuple[str, ...]
+  collect: bool = False
 
   @nn.compact
-  def __call__(self, x_BxLxD: jax.Array, states: dict, key: jax.Array | None, flow: Flow, collect: bool):
+  def __call__(self, x_BxLxD: jax.Array, states: dict, key: jax.Array | None, flow: Flow):
     """(x, (states, aux)) with one entry a layer, 'layer_0', 'layer_1', ..."""
     new, aux = {}, {}
     for number, layer in enumerate(self.layers):
       name = f'layer_{number}'
       x_BxLxD, new[name], aux[name] = Layer(self.config, layer, name=name)(
-          x_BxLxD, states[name], flow, key=fold(key, number), collect=collect)
+          x_BxLxD, states[name], flow, key=fold(key, number), collect=self.collect)
     return x_BxLxD, (new, aux)
 
 
@@ -65,9 +66,9 @@ class Decoder(nn.Module):
     x_BxLxD = nn.with_logical_constraint(dropout(x_BxLxD, c.block.dropout, fold(key, 0)), ('batch', None, None))
     flow = Flow(position_BxL, mask_BxL, write_mask_BxL, reset_BxL, token_BxL)
     new, aux = {}, {}
-    for number, (part, layers) in enumerate(self.stacks.items()):
-      x_BxLxD, (new[part], aux[part]) = self._stack(part, layers, remat)(
-          x_BxLxD, state[part], self._keys(part, fold(key, number + 1)), flow, collect)
+    for number, part in enumerate(self.stacks):
+      x_BxLxD, (new[part], aux[part]) = self._stack(part, remat, collect)(
+          x_BxLxD, state[part], self._keys(part, fold(key, number + 1)), flow)
     x_BxLxD = make_norm(c.block.norm, epsilon=c.block.norm_epsilon, dtype=dtype, name='norm')(x_BxLxD)
     if c.embedding.tie: logits_BxLxA = embed.attend(x_BxLxD)
     else:
@@ -78,12 +79,12 @@ class Decoder(nn.Module):
   def _keys(self, part: str, key: jax.Array | None):
     return key if key is None or part != 'repeats' else jax.random.split(key, self.config.repeats)
 
-  def _stack(self, part: str, layers: tuple[str, ...], remat: bool) -> nn.Module:
-    kind = nn.remat(Period, prevent_cse=part != 'repeats', static_argnums=(5,)) if remat else Period
-    if part != 'repeats': return kind(self.config, layers, name=part)
-    scan = nn.scan(kind, variable_axes={'params': 0}, split_rngs={'params': True}, in_axes=(1, 0, nn.broadcast, nn.broadcast),
+  def _stack(self, part: str, remat: bool, collect: bool) -> nn.Module:
+    kind = nn.remat(Period, prevent_cse=part != 'repeats') if remat else Period
+    if part != 'repeats': return kind(self.config, self.stacks[part], collect, name=part)
+    scan = nn.scan(kind, variable_axes={'params': 0}, split_rngs={'params': True}, in_axes=(1, 0, nn.broadcast),
                    out_axes=(1, 0), length=self.config.repeats, metadata_params={nn.PARTITION_NAME: 'layers'})
-    return scan(self.config, layers, name=part)
+    return scan(self.config, self.stacks[part], collect, name=part)
 
 
 def summarise(aux: dict, collect: bool) -> dict[str, Any]:

@@ -1,8 +1,19 @@
 """The memories that the laws are tested on: every registered kind, and the options of each that change its recurrence."""
 import dataclasses
 
-from memjax.config.mixers import (AddressConfig, AttentionConfig, BindingConfig, FormConfig, HolographicConfig, HolographicSeedConfig,
-                                  KeepConfig, MemoryLossConfig, ReadConfig, TiersConfig, WindowConfig)
+from memjax.config.mixers import (
+  AddressConfig,
+  AttentionConfig,
+  BindingConfig,
+  FormConfig,
+  HolographicConfig,
+  HolographicSeedConfig,
+  KeepConfig,
+  MemoryLossConfig,
+  ReadConfig,
+  TiersConfig,
+  WindowConfig,
+)
 
 SMALL = HolographicConfig(heads=2, slots=4, form=FormConfig(chunk=4), conv_width=3)
 
@@ -31,15 +42,18 @@ FULL = {
 MORE = {
     'bipolar-before': holographic(binding=BindingConfig(kind='bipolar'), read=ReadConfig(order='before', norm='full', out_gate='silu')),
     'unitary-reads': holographic(binding=BindingConfig(kind='unitary'), reads=2, keep=KeepConfig(kind='static')),
-    'hrr-fft-tied': holographic(binding=BindingConfig(kind='hrr', transform='fft', tie_query=True), keep=KeepConfig(kind='tied'), reads=2),
+    'hrr-fft-tied': holographic(binding=BindingConfig(kind='hrr', transform='fft', tie_query=True), reads=2,
+                                keep=KeepConfig(kind='tied')),
     'hlb-softmax': holographic(binding=BindingConfig(kind='hlb'), address=AddressConfig(kind='softmax')),
     'none-key-source': holographic(binding=BindingConfig(kind='none'), address=AddressConfig(source='key', gate='channel')),
     'copies': holographic(address=AddressConfig(kind='copies')),
     'scored': holographic(address=AddressConfig(kind='scored'), keep=KeepConfig(kind='slot')),
     'signed-rotary': holographic(address=AddressConfig(kind='signed', rotary=True, tie=True), keep=KeepConfig(kind='none')),
     'topk-channel': holographic(address=AddressConfig(kind='topk'), keep=KeepConfig(kind='channel')),
-    'fractional': holographic(binding=BindingConfig(position='fractional', position_heads=1), conv_width=0, form=FormConfig(kind='associative')),
-    'tiers-learned': holographic(tiers=TiersConfig(kind='consolidate', interval=2, mix='learned', source='item', hard=True), form=FormConfig()),
+    'fractional': holographic(binding=BindingConfig(position='fractional', position_heads=1), conv_width=0,
+                              form=FormConfig(kind='associative')),
+    'tiers-learned': holographic(tiers=TiersConfig(kind='consolidate', interval=2, mix='learned', source='item', hard=True),
+                                 form=FormConfig()),
     'tiers-controller': holographic(tiers=TiersConfig(kind='consolidate', interval=3, controller=True), form=FormConfig()),
     'losses': holographic(loss=MemoryLossConfig(replay=.1, contrastive=.1, balance=.1, gate=.1)),
 }

@@ -55,7 +55,7 @@ def parameters(memory, x, state, position):
   return jax.tree_util.tree_map_with_path(one, shapes)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def case(name):
   return Case(EVERY[name])
 
@@ -110,7 +110,7 @@ def test_step(name):
 def test_prefill_of_ragged_rows_then_steps(name):
   c = case(name)
   position = jnp.broadcast_to(jnp.arange(L)[None], (B, L))
-  y, end = c.run(c.params, c.x, c.state, position)
+  y, _ = c.run(c.params, c.x, c.state, position)
   lengths = (3, CUT)
   pad = jnp.stack([jnp.pad(c.x[b, :n], ((CUT - n, 0), (0, 0)), constant_values=jnp.nan) for b, n in enumerate(lengths)])
   mask = jnp.stack([jnp.arange(CUT) >= CUT - n for n in lengths])
@@ -205,7 +205,8 @@ def test_reach(name):
   """Every parameter gets a finite, non-zero gradient from the outputs and the enabled auxiliary losses."""
   c = case(name)
   def loss(params):
-    y, _, aux = c.memory.apply(params, c.x, c.state, position_BxL=c.position, key=jax.random.key(4), token_BxL=jnp.arange(B * L).reshape(B, L))
+    context = {'position_BxL': c.position, 'key': jax.random.key(4), 'token_BxL': jnp.arange(B * L).reshape(B, L)}
+    y, _, aux = c.memory.apply(params, c.x, c.state, **context)
     return jnp.mean(jnp.square(y - 1)) + aux['penalty']
   for path, leaf in jax.tree_util.tree_leaves_with_path(jax.jit(jax.grad(loss))(c.params)):
     where = jax.tree_util.keystr(path, simple=True, separator='/')
