@@ -78,7 +78,9 @@ class Holographic(Memory):
     """keep m + address (x) bound; with erase='slot' the gated delta rule over slots; copies bind a pair of their own per slot."""
     c, m = self.config, state.m_BxHxSxK
     if c.keep.erase == 'slot': m = delta_write(m, item.bound, item.address, beta_BxH=item.gate, log_keep=item.log_keep)
-    elif c.address.kind == 'copies': m = item.bound.astype(m.dtype) + (m if item.log_keep is None else jnp.exp(item.log_keep)[..., None] * m)
+    elif c.address.kind == 'copies':
+      kept = m if item.log_keep is None else jnp.exp(item.log_keep)[..., None] * m
+      m = kept + item.bound.astype(m.dtype)
     else: m = slot_write(m, item.bound, item.address, item.log_keep)
     return state.replace(m_BxHxSxK=m)
 
@@ -173,8 +175,8 @@ class Holographic(Memory):
       m, seen = slot_copies(m, items.bound, **flow)
       return m, jnp.broadcast_to(seen[:, :, None], items.query.shape)
     flow |= {'decay': c.keep.form, 'floor': c.keep.log_floor}
-    if c.keep.erase == 'slot': return slot_delta(m, items.bound, items.address, items.pick if pick is None else pick, beta_BxLxH=items.gate, **flow)
     pick = items.pick if pick is None else pick
+    if c.keep.erase == 'slot': return slot_delta(m, items.bound, items.address, pick, beta_BxLxH=items.gate, **flow)
     if pick is None: pick = self._picks(slot_scores(m, items.bound, items.address, self.projections.probe(items.query), **flow))
     return slot_mix(m, items.bound, items.address, pick, **flow)
 
