@@ -61,10 +61,12 @@ def start(parts: Parts, workdir: str, values: dict, identity: dict):
   """(state, early-stopping counters): of the workdir's newest checkpoint, of another run, or new."""
   from memjax.runtime.checkpoint import restore
   from memjax.runtime.loop import Early
+  from memjax.runtime.seeded import check_keys
   from memjax.runtime.state import init_state
   found = restore(workdir, parts.abstract)
   if found:
     step, state, record = found
+    check_keys(parts.config, record)
     if changed := [k for k in identity if record['data'].get(k) != identity[k]]:
       raise UserError(f'the training text is not that of checkpoint {step} in {workdir}: its {changed[0]} has changed')
     logger.info('resumed %s at step %d', workdir, step)
@@ -77,9 +79,11 @@ def start(parts: Parts, workdir: str, values: dict, identity: dict):
 
 def _continue(parts: Parts, source: str, identity: dict):
   from memjax.runtime.checkpoint import restore
+  from memjax.runtime.seeded import check_keys
   found = restore(source, parts.abstract, put_aside=False)
   if not found: raise UserError(f'--resume_from {source} holds no checkpoint')
   step, state, record = found
+  check_keys(parts.config, record)
   if record['data']['fingerprint'] != identity['fingerprint']: raise UserError(f'the tokenizer of {source} is another one')
   logger.info('continuing %s from step %d', source, step)
   return state
@@ -90,7 +94,9 @@ def _read(parts: Parts, workdir: str):
   import jax
 
   from memjax.runtime.checkpoint import restore_for_reading
+  from memjax.runtime.seeded import check_keys
   step, params, record = restore_for_reading(workdir, parts.abstract.params)
+  check_keys(parts.config, record)
   if record['data']['fingerprint'] != parts.tokenizer.fingerprint: raise UserError(f'the tokenizer of {workdir} is another one')
   logger.info('parameters of checkpoint %d in %s', step, workdir)
   return jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), params, parts.abstract.params)
@@ -106,6 +112,7 @@ def train(parts: Parts, workdir: str, values: dict) -> int:
   from memjax.runtime.loop import DIVERGED, DONE, Trainer
   from memjax.runtime.metrics import MetricsLog
   from memjax.runtime.reading import config_hash
+  from memjax.runtime.seeded import key_fingerprints
   from memjax.runtime.state import make_train_step
   config = parts.config
   splits = {s: tokenize_split(config.data, parts.tokenizer, s) for s in ('train', config.evaluation.split, 'test')}
@@ -117,7 +124,8 @@ def train(parts: Parts, workdir: str, values: dict) -> int:
     log = stack.enter_context(MetricsLog(workdir, config_hash(config), int(state.step)))
     checkpoints = Checkpoints(workdir, config.checkpoint)
     stack.callback(checkpoints.close)
-    trainer = Trainer(config, parts.mesh, step, watch, checkpoints, log, splits['train'].identity, early)
+    data = {**splits['train'].identity, 'keys': key_fingerprints(config)}
+    trainer = Trainer(config, parts.mesh, step, watch, checkpoints, log, data, early)
     state, status = trainer.run(state, batches_from(parts, splits['train'], int(state.step)))
     if status == DIVERGED: logger.error('lower the learning rate or clip harder; the last good state is checkpoint %d', int(state.step))
     if status != DONE or jax.process_index() > 0: return status

@@ -17,6 +17,7 @@ from memjax.data.tokenizers import Tokenizer, load_tokenizer
 from memjax.data.tokens import Tokens, tokenize_split
 from memjax.models.decoder import Decoder, build_decoder, param_shapes
 from memjax.runtime.checkpoint import restore_for_reading
+from memjax.runtime.seeded import check_keys
 from memjax.runtime.workdir import CONFIG, TOKENIZER, fill_vocabulary, is_run
 
 
@@ -50,6 +51,7 @@ def open_run(workdir: str, step: int = 0) -> Run:
   config = fill_vocabulary(config, tokenizer)
   model = build_decoder(config.model)
   step, params, record = restore_for_reading(workdir, param_shapes(model)[0], step)
+  check_keys(config, record)
   trained_with = (record.get('data') or {}).get('fingerprint', tokenizer.fingerprint)
   if trained_with != tokenizer.fingerprint:
     raise UserError(f'the tokenizer in {workdir} does not match checkpoint {step}: its vocabulary hashes to '
