@@ -1,6 +1,10 @@
-"""Holographic memory in every layer; `attention_small` is the same size with full attention.
+"""Holographic memory in every layer, on the bundled Shakespeare corpus, byte level: 908,960 parameters.
 
 python -m memjax.train --config configs/hamt_small.py --workdir runs/hamt_small
+
+Cost: 2 million tokens; 3 s on an H200 besides compilation, about ten minutes on two CPU cores. Expected: 2.60 bits per byte
+on the test split (three seeds, 2.601 to 2.604), the transformer `attention_small` 2.59 (2.582 to 2.602). Measured on one H200 by
+`benchmarks/language.py` at commit e248148, 2026-11-22, with this model and recipe.
 """
 from memjax.config.codec import thaw
 from memjax.config.mixers import HolographicConfig
@@ -11,7 +15,7 @@ def get_config():
   """The configuration."""
   return thaw(Config(
       name='hamt_small',
-      model=ModelConfig(width=256, hidden=704, mixers={'mem': HolographicConfig()}, pattern=('mem',), repeats=6),
-      training=TrainingConfig(steps=2000, batch=32, length=512),
-      optimizer=OptimizerConfig(groups={'main': GroupConfig(rate=2e-3, warmup=100)}),
-      evaluation=EvaluationConfig(every=250, batches=8, context=256)))
+      model=ModelConfig(width=128, hidden=304, mixers={'mem': HolographicConfig(heads=4)}, pattern=('mem',), repeats=4),
+      training=TrainingConfig(steps=500, batch=16, length=256),
+      optimizer=OptimizerConfig(groups={'main': GroupConfig(rate=3e-3, warmup=50)}),
+      evaluation=EvaluationConfig(every=100, batches=16, context=128)))
