@@ -212,7 +212,8 @@ class Holographic(Memory):
       slow = where_rows(valid_BxC[:, -1], merged, state.slow_BxHxSxK)
       count_B = state.count_B + valid_BxC.astype(jnp.int32).sum(1)
       return state.replace(m_BxHxSxK=m, slow_BxHxSxK=slow, count_B=count_B), jnp.where(valid_BxC[..., None], y_BxCxE, 0)
-    state, y = jax.lax.scan(jax.checkpoint(interval), state.replace(tail_BxTxE=tail), chunks)
+    body = jax.checkpoint(interval) if self.config.form.remat else interval
+    state, y = jax.lax.scan(body, state.replace(tail_BxTxE=tail), chunks)
     return state, jnp.moveaxis(y, 0, 1).reshape(B, N * size, -1)[:, :L]
 
   def readout(self, x_BxLxD: jax.Array, y_BxLxE: jax.Array) -> jax.Array:
