@@ -93,7 +93,8 @@ def language(results, figure) -> bool:
       axes.plot([i + 0.12 * (n - 1) for n in range(len(rows[model][f'{score}_seeds']))], rows[model][f'{score}_seeds'], marker,
                 color=colour, alpha=0.6)
       label = f'{rows[model][score]:#.{3 if is_words else 4}g}'.rstrip('.')
-      axes.annotate(label, (i, max(rows[model][f'{score}_seeds'])), (0, 9), textcoords='offset points', ha='center', fontsize=10, color=colour)
+      top = max(rows[model][f'{score}_seeds'])
+      axes.annotate(label, (i, top), (0, 9), textcoords='offset points', ha='center', fontsize=10, color=colour)
     axes.set_xticks(range(len(order)), [MODELS[model] for model in order], fontsize=9.5)
     title = {'shakespeare': 'Shakespeare, bytes', 'wikitext2': 'WikiText-2, words'}.get(name, name)
     axes.margins(y=0.12)
