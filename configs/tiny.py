@@ -1,4 +1,4 @@
-"""A first look and the tests' model: the hybrid in miniature, well under a minute on a CPU.
+"""A first look and the tests' model: the hybrid in miniature, 133,256 parameters, well under a minute on a CPU.
 
 python -m memjax.train --config configs/tiny.py --workdir runs/tiny
 """
