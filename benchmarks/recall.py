@@ -1,6 +1,7 @@
 """Multi-query associative recall (Arora et al. 2023) against bytes of state: every memory, equal state beside each other.
 
-Two layers of mixing without feed-forward networks, AdamW one-cycle, clip 1, decay .01, batch 32. Each row trains every
+Two layers of mixing without feed-forward networks, AdamW one-cycle, clip 1, decay .01, batch 32 (64 for the large
+setting, which trains on 4 to 64 pairs in turn, as zoology mixes sizes, and is tested on 64). Each row trains every
 seed at every peak rate, all at once; the rate is chosen by mean accuracy on validation batches and the accuracy at the
 queries of fresh test batches is reported. State is that of one layer: floats of the memory itself, and all bytes of a row
 (short-convolution tail, cache and counters included).
@@ -8,6 +9,7 @@ queries of fresh test batches is reported. State is that of one layer: floats of
   python -m benchmarks.recall --small                        two CPU cores, a few minutes
   python -m benchmarks.recall                                one H200, see --settings and --budget
 """
+import functools
 import json
 import time
 from typing import Any, NamedTuple
@@ -23,7 +25,7 @@ from memjax.models.decoder import build_decoder, init_params
 
 
 class Setting(NamedTuple):
-  """A task, a model width and what is trained on it: N pairs, T tokens, V words."""
+  """A task, a model width and what is trained on it: N pairs, T tokens, V words; `mixture`: pairs trained on in turn, () = N alone."""
   width: int
   pairs: int
   length: int
@@ -32,6 +34,7 @@ class Setting(NamedTuple):
   rates: tuple[float, ...]
   rows: dict[str, recall_rows.Make]
   batch: int = 32
+  mixture: tuple[int, ...] = ()
 
 
 SETTINGS = {
@@ -40,7 +43,7 @@ SETTINGS = {
   'kinds': Setting(64, 8, 32, 128, 1600, (3e-3, 1e-2), recall_rows.KINDS),
   'curve': Setting(64, 16, 64, 128, 2000, (5e-3, 1e-2, 2e-2), recall_rows.CURVE),
   'preset': Setting(64, 16, 64, 128, 2000, (5e-3, 1e-2, 2e-2), recall_rows.PRESET),
-  'large': Setting(128, 64, 256, 8192, 3000, (2e-3, 5e-3), recall_rows.LARGE),
+  'large': Setting(128, 64, 256, 8192, 6000, (1e-3, 3e-3), recall_rows.LARGE, batch=64, mixture=(4, 8, 16, 32, 64)),
 }
 
 
@@ -58,7 +61,8 @@ def plan(setting: Setting, make: recall_rows.Make, members: list[tuple[float, in
   rate_M, seed_M = jnp.array([r for r, _ in members]), jnp.array([s for _, s in members], jnp.int32)
   optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(), optax.add_decayed_weights(0.01))
   schedule = optax.cosine_onecycle_schedule(setting.steps, 1.0, 0.1)
-  task = dict(batch=setting.batch, length=setting.length, pairs=setting.pairs, vocabulary=setting.vocabulary)
+  task = dict(batch=setting.batch, length=setting.length, vocabulary=setting.vocabulary)
+  kinds = [functools.partial(mqar, pairs=pairs, **task) for pairs in setting.mixture or (setting.pairs,)]
 
   def loss(params, data, key):
     logits_BxLxA, _, aux = model.apply({'params': params}, data['token'], model.init_state(setting.batch), position_BxL=data['position'],
@@ -77,7 +81,8 @@ def plan(setting: Setting, make: recall_rows.Make, members: list[tuple[float, in
     def step(carry, number):
       params, moments = carry
       key, key_layers = jax.random.split(jax.random.fold_in(jax.random.fold_in(jax.random.key(2), seed), number))
-      (value, right), grads = jax.value_and_grad(loss, has_aux=True)(params, mqar(key, **task), key_layers)
+      data = jax.lax.switch(number % len(kinds), kinds, key)
+      (value, right), grads = jax.value_and_grad(loss, has_aux=True)(params, data, key_layers)
       updates, moments = optimizer.update(grads, moments, params)
       size = -rate * schedule(number)
       return (jax.tree.map(lambda p, u: p + size * u, params, updates), moments), (value, right)
@@ -87,7 +92,7 @@ def plan(setting: Setting, make: recall_rows.Make, members: list[tuple[float, in
   def evaluate(params, seed, batches):
     def step(_, number):
       key = jax.random.fold_in(jax.random.fold_in(jax.random.key(3), seed), number)
-      return _, loss(params, mqar(key, **task), None)[1]
+      return _, loss(params, kinds[-1](key), None)[1]
     return jax.lax.scan(step, None, batches)[1].mean()
 
   state = jax.eval_shape(lambda: model.init_state(1, setting.length))
@@ -199,7 +204,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
   make.add_argument('--seeds', type=int, default=3)
   make.add_argument('--rates', type=common.rates, default=(), help='peak learning rates; default by setting')
   make.add_argument('--steps', type=int, default=0, help='default by setting')
-  make.add_argument('--batch', type=int, default=32)
+  make.add_argument('--batch', type=int, default=0, help='default by setting')
   make.add_argument('--width', type=int, default=0, help='default by setting')
   make.add_argument('--per_call', type=int, default=200, help='steps a compiled call')
   make.add_argument('--budget', type=float, default=0, help='seconds after which no row is started; 0 = no limit')
@@ -222,7 +227,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
   for name in a.settings or [name for name in SETTINGS if name != 'preset']:
     setting = SETTINGS[name]
     chosen = {row: make for row, make in setting.rows.items() if not a.rows or row in a.rows}
-    setting = setting._replace(rows=chosen, batch=a.batch, steps=a.steps or setting.steps, rates=a.rates or setting.rates,
+    setting = setting._replace(rows=chosen, batch=a.batch or setting.batch, steps=a.steps or setting.steps, rates=a.rates or setting.rates,
                                width=a.width or setting.width)
     if chosen: run_setting(name, setting, a, save, rows)
   result = save(rows)
