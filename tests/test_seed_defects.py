@@ -20,6 +20,7 @@ from tests.laws.test_laws import B, Case, D, L, case, close, parameters
 from tests.ops.test_sequence import _sizes
 from tests.runtime import toy
 
+
 def edit(params, **changes):
   """Parameters with `change(leaf)` at every leaf whose path ends in the given name; '/' is written '__'."""
   def one(path, leaf):
