@@ -92,7 +92,11 @@ def norm_of(c, m, scale):
 
 
 def oracle(params, c, x, m, key, position, mask, write, target):
-  """(o [B, L, D], m [B, S, K], immediate loss, v): the equations of section 11, one row and one token after the other."""
+  """(o [B, L, D], m [B, S, K], immediate loss, v): the equations of section 11, one row and one token after the other.
+
+  A masked token enters as zeros.
+  """
+  x = np.where(mask[..., None], x, 0)
   p = in_time(params, c, x.shape[-1])
   dense = lambda name, h: h @ p[name]['kernel'] + p[name]['bias']
   bound = (lambda k, v: k * v) if c.binding == 'bipolar' else (lambda k, v: circulant(k) @ v)
