@@ -204,6 +204,10 @@ class HolographicConfig:
     sequential = k.kind == 'channel' or self.tiers.controller
     refuse(sequential and f.kind == 'chunk',
             "form.kind='chunk' does not exist for channel keep and tiers.controller; use form.kind='scan'")
+    by_token = f.kind in ('scan', 'associative') or sequential
+    refuse(f.chunk > 0 and by_token, f'form.chunk={f.chunk} applies to the chunked form alone')
+    refuse(k.form != 'auto' and by_token, f'keep.form={k.form!r} applies to the chunked form alone')
+    refuse(not f.remat and (f.kind == 'scan' or self.tiers.controller), 'form.remat does not apply to the sequential form')
     refuse(self.tiers.controller and f.kind == 'associative',
            "tiers.controller depends on the state; use form.kind='scan'")
     refuse(k.erase == 'slot' and a.kind not in ('content', 'signed'),

@@ -49,7 +49,7 @@ MORE = {
     'copies': holographic(address=AddressConfig(kind='copies')),
     'scored': holographic(address=AddressConfig(kind='scored'), keep=KeepConfig(kind='slot')),
     'signed-rotary': holographic(address=AddressConfig(kind='signed', rotary=True, tie=True), keep=KeepConfig(kind='none')),
-    'topk-channel': holographic(address=AddressConfig(kind='topk'), keep=KeepConfig(kind='channel')),
+    'topk-channel': holographic(address=AddressConfig(kind='topk'), keep=KeepConfig(kind='channel'), form=FormConfig()),
     'fractional': holographic(binding=BindingConfig(position='fractional', position_heads=1), conv_width=0,
                               form=FormConfig(kind='associative')),
     'tiers-learned': holographic(tiers=TiersConfig(kind='consolidate', interval=2, mix='learned', source='item', hard=True),
