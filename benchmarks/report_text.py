@@ -73,8 +73,8 @@ def recall_h200(result, _):
           f'{get("holographic without binding")["accuracy"]:.3f} without it, small_state {small["accuracy"]:.3f} '
           f'against {get("small_state without binding")["accuracy"]:.3f}). At width 256 every memory solves the task, '
           'so that setting tells none apart; attention solves both with a cache that grows. The delta rules depend on '
-          f'the seed (worst {get("delta rule")["worst"]:.3f}). The commit this run named is not in the history of this '
-          'repository, and the rows of `large` did not fit its budget.')
+          f'the seed (worst {get("delta rule")["worst"]:.3f}). The run was started from commit c288a28 with '
+          'uncommitted changes; the rows of `large` did not fit its budget.')
 
 
 def recall_large_h200(result, _):
