@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 
 from benchmarks import common, decode, holographic, language, language_models, recall, recall_rows
 
@@ -21,6 +22,7 @@ def check(path, name, rows='rows'):
   return saved
 
 
+@pytest.mark.slow
 def test_holographic(tmp_path, capsys):
   path = tmp_path / 'h.json'
   holographic.main(['--tiny', '--lengths', '32', '--tokens', '32', '--passes', 'both', '--repeats', '1', '--output', str(path)])
@@ -49,6 +51,7 @@ def test_holographic_targets_compare_the_named_rows():
   assert [target['value'] for target in holographic.targets(rows)] == [15.0, 3.0]
 
 
+@pytest.mark.slow
 def test_recall(tmp_path):
   path = tmp_path / 'r.json'
   recall.main(['--settings', 'equal', '--rows', 'small_state;linear attention', '--seeds', '2', '--rates', '1e-2', '--steps', '4',
@@ -69,6 +72,7 @@ def test_rows_of_equal_state():
     assert mixer.heads * (mixer.slots or K) * K == 512, name
 
 
+@pytest.mark.slow
 def test_decode(tmp_path):
   path = tmp_path / 'd.json'
   decode.main(['--contexts', '32,64', '--layers', '1', '--tokens', '4', '--repeats', '1', '--width', '32', '--output', str(path)])
@@ -87,6 +91,7 @@ def write_text(folder, sizes):
   return [part for split in sizes for part in (f'--{split}', str(folder / split))]
 
 
+@pytest.mark.slow
 def test_language(tmp_path):
   files = write_text(tmp_path, {'train': 60, 'valid': 9, 'test': 7})
   path = tmp_path / 'l.json'

@@ -64,6 +64,7 @@ def test_links_lead_somewhere(page):
   assert [link for link in local if not (page.parent / link).exists()] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('name', 'words'), [(n, w) for n, w in IN_README if n != 'train' or '--dry_run' in w],
                          ids=lambda part: part if isinstance(part, str) else '')
 def test_commands_of_the_readme_run(name, words, trained, monkeypatch, capsys):
@@ -81,6 +82,7 @@ def test_every_command_is_shown():
   assert {name for name, _ in IN_README} == set(COMMANDS)
 
 
+@pytest.mark.slow
 def test_python_of_the_readme_runs(monkeypatch):
   monkeypatch.chdir(ROOT)
   [code] = blocks('python')

@@ -25,6 +25,9 @@ def full_size(name):
   return load(golden.CONFIGS / f'{name}.py', f'model.vocabulary={size}')
 
 
+LONG = ('hamt_seed', 'wikitext2')      # their golden values are compared by `make test-slow`
+
+
 @pytest.mark.parametrize('name', NAMES)
 def test_size_is_that_of_the_docstring(name):
   model = build_decoder(full_size(name).model)
@@ -53,7 +56,7 @@ def test_every_config_has_golden_values():
   assert set(NAMES) == set(golden.OVERRIDES) == {path.stem for path in Path(golden.FOLDER).glob('*.json')}
 
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('name', [pytest.param(n, marks=pytest.mark.slow) if n in LONG else n for n in NAMES])
 def test_golden(name, cache):
   """Three losses to 1e-3 and sixteen greedy tokens exactly; `python -m tests.golden` after a change that was meant."""
   found, kept = golden.compute(name, cache), golden.read(name)
