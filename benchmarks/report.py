@@ -91,7 +91,7 @@ def recall(result: dict[str, Any]) -> list[str]:
   from benchmarks.recall import targets
   words, lines = result['arguments'], []
   given = lambda flag, default: int(words[words.index(flag) + 1]) if flag in words else default
-  for name, (width, pairs, length, vocabulary, steps, _, batch) in result['settings'].items():
+  for name, (width, pairs, length, vocabulary, steps, _, batch, *_) in result['settings'].items():
     rows = [r for r in result['rows'] if r['setting'] == name]
     if not rows: continue
     steps = given('--steps', 1000 if '--small' in words else steps)
