@@ -130,19 +130,20 @@ def dequantize(q: Quantized, dtype=jnp.float32):
   return y.reshape(q.shape).astype(dtype)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
-def _straight_through(x, bits, scheme, group):
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _straight_through(x, options):
+  bits, scheme, group = options
   return dequantize(quantize(x, bits=bits, scheme=scheme, group=group), x.dtype)
 
 
 @_straight_through.defjvp
-def _straight_through_jvp(bits, scheme, group, primals, tangents):
-  return _straight_through(*primals, bits, scheme, group), tangents[0]
+def _straight_through_jvp(options, primals, tangents):
+  return _straight_through(*primals, options), tangents[0]
 
 
 def fake_quantize(x, *, bits: int, scheme: str = 'absmax', group: int = 32):
   """dequantize(quantize(x)), bit for bit, with the identity as gradient (straight-through: absmax leaves nothing out of range)."""
-  return _straight_through(x, bits, scheme, group)
+  return _straight_through(x, (bits, scheme, group))
 
 
 def _rounded(x, scale, bits: int):
