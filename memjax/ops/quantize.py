@@ -11,7 +11,6 @@ from memjax.config.errors import UserError
 
 SCHEMES = ('absmax', 'absmax7', 'nf4')
 FLOOR = 1e-8
-HALF_FLOOR = 2.0 ** -24     # the smallest positive fp16: the fp32 floor would round to zero
 HALF_MAX = 65504.0
 # 16 quantiles of the normal distribution with an exact zero at code 7 (Dettmers et al. 2023, QLoRA, appendix E)
 NF4 = np.array([
@@ -91,9 +90,10 @@ def stored_bytes(q: Quantized) -> int:
 
 
 def _stored_scale(scale, dtype):
-  """The scale above its floor in the stored dtype; fp16 is rounded up, so that no value leaves the range of its codes."""
-  if dtype != jnp.float16: return jnp.maximum(scale, FLOOR).astype(dtype)
-  scale = jnp.clip(scale, HALF_FLOOR, HALF_MAX)
+  """The scale above its floor in the stored dtype; fp16 is rounded up: no value leaves the range of its codes, none becomes 0."""
+  scale = jnp.maximum(scale, FLOOR)
+  if dtype != jnp.float16: return scale.astype(dtype)
+  scale = jnp.minimum(scale, HALF_MAX)
   half = scale.astype(dtype)
   bits = jax.lax.bitcast_convert_type(half, jnp.uint16)
   return jax.lax.bitcast_convert_type(bits + (half.astype(scale.dtype) < scale).astype(jnp.uint16), dtype)
