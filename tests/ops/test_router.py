@@ -95,11 +95,10 @@ def test_forms_agree(kind):
       assert np.all(np.isfinite(u)) and np.abs((np.asarray(u) - want)[mask]).max() <= 1e-12
       assert np.abs((np.asarray(v) - want)[mask]).max() <= 1e-12
       for name in after: assert np.abs(np.asarray(after[name]) - np.asarray(last[name])).max() <= 1e-12, name
-      state, cut = empty(kind), L // 2
-      first, state = fast_jit(kind, x[:, :cut], mask[:, :cut], segment[:, :cut], state)
-      rest = segment[:, cut:] - segment[:, cut - 1:cut]
-      second, state = fast_jit(kind, x[:, cut:], mask[:, cut:], rest, state)
-      assert np.abs((np.concatenate([first, second], 1) - want)[mask]).max() <= 1e-12
+      is_early = np.arange(L)[None] < 9
+      first, state = fast_jit(kind, x, mask & is_early, segment * is_early + segment[:, 8:9] * ~is_early, empty(kind))
+      second, state = fast_jit(kind, x, mask & ~is_early, np.maximum(segment - segment[:, 8:9], 0), state)
+      assert np.abs((np.where(is_early[..., None], first, second) - want)[mask]).max() <= 1e-12
       for name in after: assert np.abs(np.asarray(after[name]) - np.asarray(state[name])).max() <= 1e-12, name
 
 
@@ -152,7 +151,7 @@ def test_padding_after_a_row_changes_no_bit():
 
 def test_rolling_windows_of_every_size():
   x, mask, segment = draw(0)
-  for window in (1, 2, 3, 7, 8, 40):
+  for window in (1, 6, 8, 40):
     state = dict(ring_BxWxD=np.zeros((B, window, D), np.float32), count_B=np.zeros(B, np.int32))
     u, ring, _ = quick(lambda x: router.rolling_mean(x, mask, segment, **state, window=window))(x.astype(np.float32))
     for b, t in zip(*np.nonzero(mask), strict=True):
