@@ -93,7 +93,7 @@ class Context(Memory):
 
   def read(self, state: Bank, inputs: ContextInputs) -> jax.Array:
     """y [B, E] of one token; exactly 0 from an empty bank."""
-    return self._look(jax.lax.stop_gradient(state), jax.tree.map(lambda a: a[:, None], inputs))[0][:, 0]
+    return self._look(state, jax.tree.map(lambda a: a[:, None], inputs))[0][:, 0]
 
   def parallel(self, state, inputs, mask_BxL=None, *, write_mask_BxL=None, reset_BxL=None):
     """Windows of at most `ratio` tokens, in which a row completes one slot at most: two dense reads a window, old and new bank."""

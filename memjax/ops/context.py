@@ -51,7 +51,7 @@ def read_slots(query_LxHxD: jax.Array, bank: Bank, see_LxS: jax.Array) -> tuple[
   A query that sees nothing reads 0 and gives no mass. A dense softmax under a mask also serves clusters: theirs are ragged,
   differ by row and change with every slot, so that chapters of a fixed length would cost more than the S slots they spare.
   """
-  slots = bank.slots.astype(query_LxHxD.dtype)
+  slots = jax.lax.stop_gradient(bank.slots).astype(query_LxHxD.dtype)
   wide = jnp.promote_types(jnp.float32, slots.dtype)
   logits = jnp.einsum('lhd,sd->hls', query_LxHxD, slots, preferred_element_type=wide)
   see = see_LxS[None]
