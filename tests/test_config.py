@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from memjax.config import mixers, schema
+from memjax.config import context, mixers, schema
 from memjax.config.codec import clashes, describe, diff, freeze, from_json, read_config, thaw, to_json
+from memjax.config.context import ContextConfig
 from memjax.config.errors import ConfigError, UserError
 from memjax.config.flags import Answer, call, load, parse
 from memjax.config.mixers import (
@@ -116,7 +117,12 @@ REFUSED = [
   ('model.embedding.position=learned model.embedding.max_position=256 evaluation.stream=true',
    'config.evaluation.stream has no end'),
 ]
-DIRECT = [(lambda: ModelConfig(mixers={'attention': BlockConfig()}), 'mixers.attention is not the config of a memory')]
+DIRECT = [(lambda: ModelConfig(mixers={'attention': BlockConfig()}), 'mixers.attention is not the config of a memory'),
+          (lambda: ContextConfig(kv_heads=3), 'kv_heads=3 does not divide heads=8'),
+          (lambda: ContextConfig(slots=4, clusters=4), 'clusters=4 must be below slots=4: a cluster is for several slots'),
+          (lambda: ContextConfig(clusters=3), 'top_k=4 exceeds clusters=3'),
+          (lambda: ContextConfig(top_k=2), 'top_k=2 applies to clusters; clusters is 0'),
+          (lambda: ContextConfig(iterations=2), 'iterations=2 applies to clusters; clusters is 0')]
 
 
 @pytest.fixture(scope='module')
@@ -147,7 +153,7 @@ def _rules(module):
       yield node.lineno, ''.join(re.escape(part.value) if isinstance(part, ast.Constant) else '.*' for part in parts)
 
 
-@pytest.mark.parametrize('module', [mixers, schema], ids=['mixers', 'schema'])
+@pytest.mark.parametrize('module', [mixers, schema, context], ids=['mixers', 'schema', 'context'])
 def test_every_rule_has_a_case(module, base):
   messages = [refusal(overrides, base) for overrides, _ in REFUSED]
   for build, says in DIRECT:

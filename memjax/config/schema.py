@@ -1,6 +1,7 @@
 """The configuration of a run as frozen dataclasses. Never None: 0, '' or () is off or automatic."""
 import re
 
+import memjax.config.context  # noqa: F401  registers the kind
 from memjax.config.errors import ConfigError, refuse
 from memjax.config.mixers import MIXERS, SEEDS, AttentionConfig
 from memjax.config.options import config, option
