@@ -18,6 +18,7 @@ from memjax.config.flags import Flag, run
 FLAGS = (
     Flag('workdir', str, None, 'folder of the training run'),
     Flag('step', int, 0, 'checkpoint; 0 = the best, else the newest', low=0),
+    Flag('quantize', str, '', "stores banks as int8, int4 or nf4 (with '/kv': their keys and values); '' = as trained"),
     Flag('split', str, 'test', 'split of the corpus', choices=('train', 'val', 'test')),
     Flag('text', str, '', 'UTF-8 file to score instead of a split'),
     Flag('context', int, -1, 'tokens of each row that only give context; -1 = that of the config', low=-1),
@@ -48,16 +49,17 @@ def main(config, values) -> None:
   from memjax.generate import check_output
   from memjax.runtime.evaluation import evaluate_tokens
   from memjax.runtime.losses import scores
-  from memjax.runtime.reading import open_run, read_tokens, read_workdir
+  from memjax.runtime.reading import open_run, read_tokens, read_workdir, run_tags
   check_output(values['output'])
   evaluation = evaluation_of(read_workdir(values['workdir']), values)
-  found = open_run(values['workdir'], values['step'])
+  found = open_run(values['workdir'], values['step'], values['quantize'])
   tokens = read_tokens(found, values['split'], values['text'])
   cut = {'context': evaluation.context, 'stream': evaluation.stream, 'length': evaluation.length, 'batch': evaluation.batch}
   totals = evaluate_tokens(found.model, found.params, eval_batches(tokens, **cut), stream=evaluation.stream)
   result = {**scores(totals, tokens.bytes / len(tokens)), 'bytes': tokens.bytes, 'split': tokens.split, 'step': found.step,
             'config': found.name, 'name': found.config.name, 'corpus': tokens.name,
-            'token': UNITS.get(found.tokenizer.name, 'subword'), 'workdir': found.workdir, **cut}
+            'token': UNITS.get(found.tokenizer.name, 'subword'), 'workdir': found.workdir, **cut, **run_tags(found.model.config),
+            **({'quantize': values['quantize']} if values['quantize'] else {})}
   finite = lambda value: not isinstance(value, float) or math.isfinite(value)
   line = json.dumps({key: value if finite(value) else None for key, value in result.items()})
   if values['output']: pathlib.Path(values['output']).write_text(line + '\n', encoding='utf-8')

@@ -18,6 +18,7 @@ from memjax.config.flags import Flag, run
 FLAGS = (
     Flag('workdir', str, None, 'folder of the training run'),
     Flag('step', int, 0, 'checkpoint; 0 = the best, else the newest', low=0),
+    Flag('quantize', str, '', "stores banks as int8, int4 or nf4 (with '/kv': their keys and values); '' = as trained"),
     Flag('prompt', str, doc='text to continue', repeated=True),
     Flag('prompt_file', str, '', 'UTF-8 file whose whole text is one more prompt'),
     Flag('max_new_tokens', int, 200, 'tokens drawn for each prompt', low=1),
@@ -77,7 +78,7 @@ def main(config, values) -> None:
   check_output(values['output'])
   sampling = Sampling(**{name: values[name] for name in ('temperature', 'top_k', 'top_p', 'min_p', 'seed')})
   prompts = read_prompts(values['prompt'], values['prompt_file'])
-  found = open_run(values['workdir'], values['step'])
+  found = open_run(values['workdir'], values['step'], values['quantize'])
   writer = Writer(Sampler(found.model, sampling), found.params, found.tokenizer, stops=values['stop'],
                   ends=ends_of(found.tokenizer))
   started = time.perf_counter()

@@ -37,10 +37,14 @@ class Parts:
 
 def build(config, tokenizer, sweep=None) -> Parts:
   """The parts of a run; UserError for groups, meshes and batches that do not fit."""
+  from memjax.config.banks import read_only_banks
   from memjax.models.decoder import build_decoder, param_shapes
   from memjax.runtime import sharding
   from memjax.runtime.optim import make_optimizer
   from memjax.runtime.state import abstract_state
+  if frozen := read_only_banks(config.model):
+    raise UserError(f"model.mixers.{frozen}.quant.bits stores integers, which cannot be trained; set its quant.train='straight' "
+                    'or quantise when reading the run (--quantize)')
   mesh = sharding.make_mesh(config.mesh)
   sharding.check_batch(mesh, config.training.batch, config.training.accumulate)
   model = build_decoder(config.model)
@@ -107,21 +111,22 @@ def train(parts: Parts, workdir: str, values: dict) -> int:
   import jax
 
   from memjax.data.tokens import tokenize_split
+  from memjax.models.decoder import inference_model
   from memjax.runtime.checkpoint import Checkpoints
   from memjax.runtime.evaluation import make_scorer
   from memjax.runtime.loop import DIVERGED, DONE, Trainer
   from memjax.runtime.metrics import MetricsLog
-  from memjax.runtime.reading import config_hash
+  from memjax.runtime.reading import config_hash, run_tags
   from memjax.runtime.seeded import key_fingerprints
   from memjax.runtime.state import make_train_step
   config = parts.config
   splits = {s: tokenize_split(config.data, parts.tokenizer, s) for s in ('train', config.evaluation.split, 'test')}
   state, early = start(parts, workdir, values, splits['train'].identity)
-  score = make_scorer(parts.model, config, parts.mesh)
+  score = make_scorer(inference_model(config.model), config, parts.mesh)
   watch = lambda params: score(params, splits[config.evaluation.split], config.evaluation.batches)
   step = make_train_step(parts.model, parts.optimizer, config, parts.abstract)
   with contextlib.ExitStack() as stack:
-    log = stack.enter_context(MetricsLog(workdir, config_hash(config), int(state.step)))
+    log = stack.enter_context(MetricsLog(workdir, config_hash(config), int(state.step), run_tags(config.model)))
     checkpoints = Checkpoints(workdir, config.checkpoint)
     stack.callback(checkpoints.close)
     data = {**splits['train'].identity, 'keys': key_fingerprints(config)}
@@ -136,6 +141,7 @@ def train(parts: Parts, workdir: str, values: dict) -> int:
 
 def finish(parts: Parts, workdir: str, score, log) -> None:
   """Scores the best checkpoint on the test split and samples a text."""
+  from memjax.models.decoder import inference_model
   from memjax.runtime.sampling import Sampler, Sampling
   from memjax.runtime.text import Writer
   params, e = _read(parts, workdir), parts.config.evaluation
@@ -144,7 +150,8 @@ def finish(parts: Parts, workdir: str, score, log) -> None:
   print(f"test: {scores['bits_per_byte']:.4f} bits per byte, loss {scores['loss']:.4f}, perplexity {scores['perplexity']:.3f}")
   if e.sample and e.prompt:
     rows = []
-    writer = Writer(Sampler(parts.model, Sampling(temperature=0.8, seed=parts.config.seed)), params, parts.tokenizer)
+    sampler = Sampler(inference_model(parts.config.model), Sampling(temperature=0.8, seed=parts.config.seed))
+    writer = Writer(sampler, params, parts.tokenizer)
     text = e.prompt + ''.join(piece for _, piece in writer.stream([e.prompt], e.sample, into=rows))
     log.text(parts.config.training.steps, 'sample', text)
     print(f'sample:\n{text}')

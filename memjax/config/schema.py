@@ -2,6 +2,7 @@
 import re
 
 import memjax.config.context  # noqa: F401  registers the kind
+from memjax.config.banks import check_bank_width, sees_future, shared_table, table_of
 from memjax.config.errors import ConfigError, refuse
 from memjax.config.mixers import MIXERS, SEEDS, AttentionConfig
 from memjax.config.options import config, option
@@ -16,10 +17,15 @@ def _check_pattern(name: str, pattern: str) -> None:
     raise ConfigError(f'{name} holds {pattern!r}, which is not a regular expression: {error}') from None
 
 
-def wiring(name: str) -> tuple[tuple[str, ...], bool]:
-  """('swa', 'mem'), True for 'swa+mem:gate': the mixers of one layer and whether a learned gate mixes them."""
-  gated = name.endswith(GATE)
-  return tuple(name.removesuffix(GATE).split('+')), gated
+def stages(layer: str) -> tuple[tuple[tuple[str, ...], bool], ...]:
+  """((('swa', 'mem'), True), (('bank',), False)) for 'swa+mem:gate>bank': the residual stages of one layer in order, each
+  with its mixers and whether a learned gate mixes them."""
+  return tuple((tuple(stage.removesuffix(GATE).split('+')), stage.endswith(GATE)) for stage in layer.split('>'))
+
+
+def mixer_names(layer: str) -> tuple[str, ...]:
+  """('swa', 'mem', 'bank') for 'swa+mem:gate>bank': all mixers of one layer."""
+  return tuple(name for names, _ in stages(layer) for name in names)
 
 
 @config
@@ -54,7 +60,7 @@ class ModelConfig:
   hidden: int = option(0, 'F, channels of the feed-forward network; 0 = automatic, -1 = no such network', low=-1)
   vocabulary: int = option(0, 'A, tokens; 0 = that of the tokenizer', low=0)
   mixers: dict[str, object] = option({'attention': AttentionConfig()}, 'name -> memory')
-  pattern: tuple[str, ...] = option(('attention',), "layers that repeat; 'a+b' adds, 'a+b:gate' mixes by a gate")
+  pattern: tuple[str, ...] = option(('attention',), "layers that repeat; 'a+b' adds, 'a+b:gate' mixes by a gate, 'a>b' does b after a")
   repeats: int = option(4, 'I, how often the pattern repeats', low=0)
   prefix: tuple[str, ...] = option((), 'layers before the repeats')
   suffix: tuple[str, ...] = option((), 'layers after the repeats')
@@ -70,16 +76,29 @@ class ModelConfig:
       refuse(not isinstance(mixer, tuple(MIXERS.values())), f'mixers.{name} is not the config of a memory')
     for where in ('prefix', 'pattern', 'suffix'):
       for layer in getattr(self, where):
-        names, gated = wiring(layer)
+        names = mixer_names(layer)
         for name in names: refuse(name not in self.mixers, f'{where} names {name!r}, {known}')
         refuse(len(set(names)) != len(names), f'{where} layer {layer!r} names a mixer twice')
-        refuse(gated and len(names) != 2, f'{where} layer {layer!r} gates {len(names)} mixers; a gate needs two')
+        for some, gated in stages(layer):
+          refuse(gated and len(some) != 2, f'{where} layer {layer!r} gates {len(some)} mixers; a gate needs two')
     for name in self.grafted: refuse(name not in self.mixers, f'grafted names {name!r}, {known}')
     refuse(not self.depth, 'pattern, prefix and suffix together hold no layers')
     for name, mixer in self.mixers.items(): self._check_width(f'mixers.{name}', mixer)
+    self._check_shared()
+
+  def _check_shared(self):
+    """Mixers that share a table must agree on it."""
+    first: dict[str, str] = {}
+    for name, mixer in self.mixers.items():
+      share = shared_table(mixer)
+      if not share: continue
+      other = first.setdefault(share, name)
+      refuse(table_of(mixer) != table_of(self.mixers[other]),
+             f'mixers.{name} and mixers.{other} share the bank {share!r}, but describe it differently')
 
   def _check_width(self, path, mixer):
     """What a mixer derives from the width of the model must come out even."""
+    if check_bank_width(path, mixer, self.width): return
     heads = getattr(mixer, 'heads', 1)
     given = getattr(mixer, 'head_width', 0) or getattr(mixer, 'key_width', 0)
     refuse(not given and self.width % heads != 0, f'{path}.heads={heads} does not divide width={self.width}')
@@ -167,6 +186,7 @@ class GroupConfig:
   decay_share: float = option(0.2, 'share of all steps that wsd spends decaying', low=0.0, high=1.0)
   weight_decay: float = option(0.1, 'decoupled weight decay', low=0.0)
   clip: float = option(1.0, "largest global norm of the group's gradient; 0 = off", low=0.0)
+  sparse: bool = option(False, 'leave rows alone whose gradient is zero: no decay, no momentum (banks)')
 
   def __post_init__(self):
     refuse(self.decay_share != 0.2 and self.schedule != 'wsd',
@@ -255,4 +275,7 @@ class Config:
     longest = max(self.training.length, length)
     refuse(0 < table < longest, f'model.embedding.max_position={table} is below rows of {longest} tokens')
     refuse(table > 0 and lanes, "data.order='lanes' has no longest row; it needs model.embedding.position=''")
+    ahead = next((name for name, mixer in self.model.mixers.items() if sees_future(mixer)), '')
+    refuse(bool(ahead) and self.evaluation.sample > 0 and not self.model.mixers[ahead].router.inference,
+           f'model.mixers.{ahead}.router.strategy sees the future and cannot generate; set evaluation.sample=0 or its inference')
     refuse(table > 0 and self.evaluation.stream, "evaluation.stream has no end; it needs model.embedding.position=''")

@@ -45,3 +45,37 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
   if key is None or rate == 0.0: return x
   keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
   return jnp.where(keep, x / jnp.asarray(1.0 - rate, x.dtype), jnp.zeros((), x.dtype))
+
+
+class Projection(nn.Module):
+  """x W without bias, W [inputs, features] of full rank or W = down up of rank R: entries of variance std^2 either way.
+
+  With `rank`, down ~ N(0, std^2) and up ~ N(0, 1 / rank); `zero` starts W (with `rank`, up alone) at zero.
+  """
+  inputs: int
+  features: int
+  axes: tuple
+  rank: int = 0
+  std: float = 0.0
+  zero: bool = False
+  dtype: Any = jnp.float32
+
+  def setup(self):
+    first = kernel_init(self.std, fan_in=self.inputs, zero=self.zero and not self.rank)
+    if not self.rank:
+      self.kernel = self.param('kernel', partitioned(first, self.axes), (self.inputs, self.features))
+      return
+    last = kernel_init(self.rank ** -0.5, zero=self.zero)
+    self.down = self.param('down', partitioned(first, (self.axes[0], None)), (self.inputs, self.rank))
+    self.up = self.param('up', partitioned(last, (None, self.axes[1])), (self.rank, self.features))
+
+  def matrix(self) -> jax.Array:
+    """W in the compute dtype."""
+    if not self.rank: return self.kernel.astype(self.dtype)
+    return self.down.astype(self.dtype) @ self.up.astype(self.dtype)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Returns x W in the compute dtype."""
+    x = x.astype(self.dtype)
+    if not self.rank: return x @ self.kernel.astype(self.dtype)
+    return (x @ self.down.astype(self.dtype)) @ self.up.astype(self.dtype)

@@ -51,6 +51,7 @@ class Memory(nn.Module):
   chunk = 1            # a fast form may be entered only at position % chunk == 0
   order = 'after'      # read 'after' or 'before' the write of the same token
   reaches_back = True  # some earlier token can change the read of a later one
+  wants_stream = False # `project` also takes the residual stream before the norm
 
   @property
   def state_dtype(self) -> Any:
@@ -77,10 +78,15 @@ class Memory(nn.Module):
     """Norm, gate and output projection, [B, L, D]."""
     raise NotImplementedError
 
+  def prepare(self, banks: dict | None = None) -> Any:
+    """What depends on parameters alone (`banks`: tables that layers share, by name); computed once a call, or once for all
+    calls by who keeps it. None: nothing."""
+    del banks
+
   def aux(self, state: State, inputs: Inputs, y_BxLxE: jax.Array, **context) -> Aux:
-    """float32 scalars: 'penalty', the weighted sum of the auxiliary losses, and monitors without gradient."""
+    """float32 scalars: monitors without gradient and, in kinds that have auxiliary losses, their weighted sum 'penalty'."""
     del state, inputs, context
-    return {'penalty': jnp.zeros((), jnp.float32), 'confidence': jax.lax.stop_gradient(confidence(y_BxLxE).mean())}
+    return {'confidence': jax.lax.stop_gradient(confidence(y_BxLxE).mean())}
 
   def statistics(self, state: State, inputs: Inputs, y_BxLxE: jax.Array, **context) -> dict[str, jax.Array]:
     """Arrays for the figures of `analyze`; traced only when asked for."""
@@ -88,42 +94,50 @@ class Memory(nn.Module):
     return {'read_norm_BxL': jnp.linalg.norm(y_BxLxE.astype(jnp.float32), axis=-1)}
 
   def step(self, state: State, inputs: Inputs, mask_B: jax.Array | None = None, *,
-           write_mask_B: jax.Array | None = None, reset_B: jax.Array | None = None) -> tuple[State, jax.Array]:
-    """One token: (state, y [B, E]). Masked rows keep their state bit for bit and read 0."""
+           write_mask_B: jax.Array | None = None, reset_B: jax.Array | None = None, **prepared) -> tuple[State, jax.Array]:
+    """One token: (state, y [B, E]). Masked rows keep their state bit for bit and read 0. `prepared` goes to `read`."""
     reset_B = real_resets(reset_B, mask_B)
     if reset_B is not None: state = where_rows(reset_B, jax.tree.map(jnp.zeros_like, state), state)
     new = where_rows(both(mask_B, write_mask_B), self.write(state, inputs), state)
-    y_BxE = self.read(new if self.order == 'after' else state, inputs)
+    y_BxE = self.read(new if self.order == 'after' else state, inputs, **prepared)
     return new, y_BxE if mask_B is None else jnp.where(mask_B[:, None], y_BxE, 0)
 
   def scan(self, state: State, inputs: Inputs, mask_BxL: jax.Array | None = None, *,
-           write_mask_BxL: jax.Array | None = None, reset_BxL: jax.Array | None = None) -> tuple[State, jax.Array]:
+           write_mask_BxL: jax.Array | None = None, reset_BxL: jax.Array | None = None, **prepared) -> tuple[State, jax.Array]:
     """THE SPECIFICATION of `parallel`: `lax.scan` of `step` over the tokens."""
     def body(state, token):
       inputs, mask_B, write_mask_B, reset_B = token
-      return self.step(state, inputs, mask_B, write_mask_B=write_mask_B, reset_B=reset_B)
+      return self.step(state, inputs, mask_B, write_mask_B=write_mask_B, reset_B=reset_B, **prepared)
     tokens = jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), (inputs, mask_BxL, write_mask_BxL, reset_BxL))
     state, y_LxBxE = jax.lax.scan(body, state, tokens)
     return state, jnp.swapaxes(y_LxBxE, 0, 1)
 
   def parallel(self, state: State, inputs: Inputs, mask_BxL: jax.Array | None = None, *,
-               write_mask_BxL: jax.Array | None = None, reset_BxL: jax.Array | None = None) -> tuple[State, jax.Array]:
+               write_mask_BxL: jax.Array | None = None, reset_BxL: jax.Array | None = None, **prepared) -> tuple[State, jax.Array]:
     """All tokens: (state, y [B, L, E]); equals `scan`."""
-    return self.scan(state, inputs, mask_BxL, write_mask_BxL=write_mask_BxL, reset_BxL=reset_BxL)
+    return self.scan(state, inputs, mask_BxL, write_mask_BxL=write_mask_BxL, reset_BxL=reset_BxL, **prepared)
 
   def mix(self, x_BxLxD: jax.Array, state: State, *, position_BxL: jax.Array, mask_BxL: jax.Array | None = None,
           write_mask_BxL: jax.Array | None = None, reset_BxL: jax.Array | None = None, key: jax.Array | None = None,
-          token_BxL: jax.Array | None = None, collect: bool = False) -> tuple[jax.Array, State, Aux]:
-    """(y [B, L, E] before the readout, state, aux): what a wiring needs to weigh memories against each other."""
+          token_BxL: jax.Array | None = None, stream_BxLxD: jax.Array | None = None, banks: dict | None = None,
+          prepared: Any = None, collect: bool = False) -> tuple[jax.Array, State, Aux]:
+    """(y [B, L, E] before the readout, state, aux): what a wiring needs to weigh memories against each other.
+
+    `stream_BxLxD` is the residual stream before the norm that made x, `banks` the tables that layers share, `prepared` what
+    `prepare` gave, where the caller kept it.
+    """
     if reset_BxL is None: reset_BxL = position_BxL == 0
-    inputs = self.project(x_BxLxD, position_BxL)
+    stream = {'stream_BxLxD': stream_BxLxD} if self.wants_stream and stream_BxLxD is not None else {}
+    inputs = self.project(x_BxLxD, position_BxL, **stream)
+    prepared = self.prepare(banks) if prepared is None else prepared
+    given = {} if prepared is None else {'prepared': prepared}
     if x_BxLxD.shape[1] == 1:
       first = lambda tree: jax.tree.map(lambda a: a[:, 0], tree)
-      new, y_BxE = self.step(state, first(inputs), first(mask_BxL), write_mask_B=first(write_mask_BxL), reset_B=first(reset_BxL))
+      new, y_BxE = self.step(state, first(inputs), first(mask_BxL), write_mask_B=first(write_mask_BxL), reset_B=first(reset_BxL), **given)
       y_BxLxE = y_BxE[:, None]
     else:
-      new, y_BxLxE = self.parallel(state, inputs, mask_BxL, write_mask_BxL=write_mask_BxL, reset_BxL=reset_BxL)
-    context = dict(mask_BxL=mask_BxL, write_mask_BxL=write_mask_BxL, reset_BxL=reset_BxL, key=key, token_BxL=token_BxL)
+      new, y_BxLxE = self.parallel(state, inputs, mask_BxL, write_mask_BxL=write_mask_BxL, reset_BxL=reset_BxL, **given)
+    context = dict(mask_BxL=mask_BxL, write_mask_BxL=write_mask_BxL, reset_BxL=reset_BxL, key=key, token_BxL=token_BxL, **given)
     aux = self.aux(state, inputs, y_BxLxE, **context)
     if collect: aux['statistics'] = self.statistics(state, inputs, y_BxLxE, **context)
     return y_BxLxE, new, aux

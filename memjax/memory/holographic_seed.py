@@ -155,9 +155,9 @@ class HolographicSeed(Memory):
     return still | {'immediate_BxL': ops.immediate_error(c.binding, new.m_BxSxK, inputs.key_BxLxK, value_BxK)}
 
   def mix(self, x_BxLxD, state, *, position_BxL, mask_BxL=None, write_mask_BxL=None, reset_BxL=None, key=None,
-          token_BxL=None, collect=False):
+          collect=False, **unused):
     """(c [B, L, K], state, aux); as in the base class, with dropout in `project` and losses taken inside the scan."""
-    del token_BxL
+    del unused
     if reset_BxL is None: reset_BxL = position_BxL == 0
     if mask_BxL is not None: x_BxLxD = jnp.where(mask_BxL[..., None], x_BxLxD, 0)     # NaN in padding ends here
     inputs = self.project(x_BxLxD, position_BxL, key=key)

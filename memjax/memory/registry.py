@@ -3,15 +3,26 @@ from typing import Any
 
 from memjax.config.errors import UserError
 from memjax.memory.attention import Attention, Window
+from memjax.memory.bank import Bank
 from memjax.memory.base import Memory
+from memjax.memory.context import Context
 from memjax.memory.holographic import Holographic
 from memjax.memory.holographic_seed import HolographicSeed
+from memjax.memory.product_key import ProductKey
+from memjax.memory.table import EntryTable, ValueTable
 
 MEMORIES: dict[str, type[Memory]] = {
-    'attention': Attention, 'window': Window, 'holographic': Holographic, 'holographic_seed': HolographicSeed}
+    'attention': Attention, 'window': Window, 'holographic': Holographic, 'holographic_seed': HolographicSeed,
+    'context': Context, 'bank': Bank, 'product_key': ProductKey}
+TABLES = {'bank': EntryTable, 'product_key': ValueTable}
 
 
 def make_memory(config: Any, width: int, **options: Any) -> Memory:
   """The module of one mixer config; `options` are the fields of `Memory` (dtype, std, grafted, name, parent)."""
   if config.kind not in MEMORIES: raise UserError(f'no memory of kind {config.kind!r}; known: {", ".join(sorted(MEMORIES))}')
   return MEMORIES[config.kind](config, width, **options)
+
+
+def make_table(config: Any, width: int, **options: Any) -> Any:
+  """The module of the table that a bank shares with others."""
+  return TABLES[config.kind](config, width, **options)

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
-from memjax.config.schema import ModelConfig, wiring
+from memjax.config.banks import BANKS
+from memjax.config.schema import ModelConfig, mixer_names, stages
 from memjax.layers.linear import Linear, dropout
 from memjax.layers.mlp import MLP, hidden_width
 from memjax.layers.norm import RMSNorm, make_norm
@@ -22,6 +23,7 @@ class Flow:
   write_mask_BxL: jax.Array | None = None
   reset_BxL: jax.Array | None = None
   token_BxL: jax.Array | None = None
+  banks: Any = None                    # the tables that layers share, by name
 
 
 def fold(key: jax.Array | None, number: int) -> jax.Array | None:
@@ -37,29 +39,31 @@ def compute_dtype(config: ModelConfig) -> Any:
 def empty_memories(config: ModelConfig, layer: str, batch: int, max_len: int) -> dict:
   """Zero states of the memories of one layer, by name."""
   return {name: make_memory(config.mixers[name], config.width, dtype=compute_dtype(config), parent=None).init_state(batch, max_len)
-          for name in wiring(layer)[0]}
+          for name in mixer_names(layer)}
 
 
 class Mixers(nn.Module):
-  """The memories of one layer: one alone, a sum ('a+b'), or a learned gate between two ('a+b:gate').
+  """The memories of one stage: one alone, a sum ('a+b'), or a learned gate between two ('a+b:gate').
 
   The gate is alpha = sigmoid(W x + w_c confidence + b) per channel, b = 0; y = alpha * b + (1 - alpha) * a on normalised
   outputs, where confidence is the size of b's read before its norm, so that an empty memory can be closed.
   """
   config: ModelConfig
-  layer: str
+  names: tuple[str, ...]
+  gated: bool
 
   @nn.compact
-  def __call__(self, x_BxLxD: jax.Array, states: dict, flow: Flow, *, key: jax.Array | None, collect: bool):
-    """(y [B, L, D], states, {name: aux})."""
-    c, dtype = self.config, compute_dtype(self.config)
-    names, gated = wiring(self.layer)
+  def __call__(self, x_BxLxD: jax.Array, states: dict, flow: Flow, *, stream_BxLxD: jax.Array, key: jax.Array | None,
+               prepared: dict, collect: bool):
+    """(y [B, L, D], states, {name: aux}) of x, the normalised residual stream `stream_BxLxD`."""
+    c, dtype, names = self.config, compute_dtype(self.config), self.names
     x_BxLxD, out, new, aux = only_real(x_BxLxD, flow.mask_BxL), [], {}, {}
+    given = {**vars(flow), 'stream_BxLxD': only_real(stream_BxLxD, flow.mask_BxL), 'collect': collect}
     for number, name in enumerate(names):
       memory = make_memory(c.mixers[name], c.width, dtype=dtype, std=c.block.init_std, grafted=name in c.grafted, name=name)
-      y_BxLxE, new[name], aux[name] = memory.mix(x_BxLxD, states[name], key=fold(key, number), collect=collect, **vars(flow))
+      y_BxLxE, new[name], aux[name] = memory.mix(x_BxLxD, states[name], key=fold(key, number), prepared=prepared.get(name), **given)
       out.append((memory.readout(x_BxLxD, y_BxLxE), y_BxLxE))
-    if not gated: return sum(y for y, _ in out[1:]) + out[0][0] if len(out) > 1 else out[0][0], new, aux
+    if not self.gated: return sum(y for y, _ in out[1:]) + out[0][0] if len(out) > 1 else out[0][0], new, aux
     first, second = (RMSNorm(c.block.norm_epsilon, dtype, name=f'norm_{n}')(y) for n, (y, _) in zip(names, out, strict=True))
     logit = Linear(c.width, ('embed', None), use_bias=True, std=c.block.init_std, dtype=dtype, name='gate')(x_BxLxD)
     weight = self.param('gate_confidence', nn.with_logical_partitioning(nn.initializers.zeros_init(), (None,)), (c.width,))
@@ -69,28 +73,40 @@ class Mixers(nn.Module):
     return alpha_BxLxD * second + (1 - alpha_BxLxD) * first, new, aux
 
 
+def branch_dropout(config: ModelConfig, names: tuple[str, ...]) -> float:
+  """The dropout of a stage's output: its mixer's own, or that of the block."""
+  own = getattr(config.mixers[names[0]], 'dropout', -1.0) if len(names) == 1 and config.mixers[names[0]].kind in BANKS else -1.0
+  return own if own >= 0 else config.block.dropout
+
+
 class Layer(nn.Module):
-  """x + mixers(norm x), then + MLP(norm x); with placement 'post' the norms follow the residual sums instead."""
+  """x + mixers(norm x) for each stage, then + MLP(norm x); with placement 'post' the norms follow the residual sums instead."""
   config: ModelConfig
   layer: str
 
   @nn.compact
-  def __call__(self, x_BxLxD: jax.Array, states: dict, flow: Flow, *, key: jax.Array | None = None, collect: bool = False):
+  def __call__(self, x_BxLxD: jax.Array, states: dict, flow: Flow, *, key: jax.Array | None = None, prepared: dict | None = None,
+               collect: bool = False):
     """(x [B, L, D], states, {name: aux})."""
     c, block, dtype = self.config, self.config.block, compute_dtype(self.config)
     pre = block.placement == 'pre'
     norm = lambda name: make_norm(block.norm, epsilon=block.norm_epsilon, dtype=dtype, name=name)
-    def residual(x, branch, number, name):
+    def residual(x, branch, name, rate, noise):
       y = branch(norm(name)(x) if pre else x)
-      x = x + dropout(y, block.dropout, fold(key, number))
+      x = x + dropout(y, rate, noise)
       return nn.with_logical_constraint(x if pre else norm(name)(x), ('batch', None, None))
-    kept = {}
-    def mixers(x):
-      y, kept['states'], kept['aux'] = Mixers(c, self.layer, name='mixers')(x, states, flow, key=fold(key, 0), collect=collect)
-      return y
-    x_BxLxD = residual(x_BxLxD, mixers, 1, 'norm_mixer')
+    new, aux = {}, {}
+    for number, (names, gated) in enumerate(stages(self.layer)):
+      suffix, own = (f'_{number}', fold(key, 16 + number)) if number else ('', key)
+      def mixers(x, names=names, gated=gated, suffix=suffix, own=own, stream=x_BxLxD):
+        y, state, told = Mixers(c, names, gated, name=f'mixers{suffix}')(
+            x, states, flow, stream_BxLxD=stream, key=fold(own, 0), prepared=prepared or {}, collect=collect)
+        new.update(state)
+        aux.update(told)
+        return y
+      x_BxLxD = residual(x_BxLxD, mixers, f'norm_mixer{suffix}', branch_dropout(c, names), fold(own, 1))
     if c.hidden >= 0:
       mlp = MLP(hidden_width(c.width, c.hidden, block.activation), block.activation, block.bias, block.dropout if not pre else 0.0,
                 block.init_std, dtype, name='mlp')
-      x_BxLxD = residual(x_BxLxD, lambda x: mlp(x, key=fold(key, 2)), 3, 'norm_mlp')
-    return x_BxLxD, kept['states'], kept['aux']
+      x_BxLxD = residual(x_BxLxD, lambda x: mlp(x, key=fold(key, 2)), 'norm_mlp', block.dropout, fold(key, 3))
+    return x_BxLxD, new, aux

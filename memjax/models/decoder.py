@@ -1,16 +1,26 @@
 """The decoder: embeddings, named layers (the pattern scanned over its repeats), final norm, output head."""
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from memjax.config.banks import for_inference, shared_table
 from memjax.config.errors import UserError
-from memjax.config.schema import ModelConfig
+from memjax.config.schema import ModelConfig, mixer_names, stages
 from memjax.layers.embed import Embed, PositionTable
 from memjax.layers.linear import Linear, dropout
 from memjax.layers.norm import make_norm
+from memjax.memory.base import Memory
+from memjax.memory.registry import make_memory, make_table
 from memjax.models.block import Flow, Layer, compute_dtype, empty_memories, fold
+
+
+def shared_tables(config: ModelConfig) -> dict[str, str]:
+  """{name of a shared table: a mixer that describes it}, for the tables that some layer uses."""
+  used = sorted({name for layer in config.layers for name in mixer_names(layer)})
+  return {shared_table(config.mixers[name]): name for name in used if shared_table(config.mixers[name])}
 
 
 class Period(nn.Module):
@@ -20,13 +30,13 @@ class Period(nn.Module):
   collect: bool = False
 
   @nn.compact
-  def __call__(self, x_BxLxD: jax.Array, states: dict, key: jax.Array | None, flow: Flow):
+  def __call__(self, x_BxLxD: jax.Array, states: dict, key: jax.Array | None, prepared: dict, flow: Flow):
     """(x, (states, aux)) with one entry a layer, 'layer_0', 'layer_1', ..."""
     new, aux = {}, {}
     for number, layer in enumerate(self.layers):
       name = f'layer_{number}'
       x_BxLxD, new[name], aux[name] = Layer(self.config, layer, name=name)(
-          x_BxLxD, states[name], flow, key=fold(key, number), collect=self.collect)
+          x_BxLxD, states[name], flow, key=fold(key, number), prepared=prepared.get(name), collect=self.collect)
     return x_BxLxD, (new, aux)
 
 
@@ -52,11 +62,13 @@ class Decoder(nn.Module):
   @nn.compact
   def __call__(self, token_BxL: jax.Array, state: dict, *, position_BxL: jax.Array, mask_BxL: jax.Array | None = None,
                write_mask_BxL: jax.Array | None = None, reset_BxL: jax.Array | None = None, key: jax.Array | None = None,
-               collect: bool = False, remat: bool = False) -> tuple[jax.Array, dict, dict]:
+               prepared: dict | None = None, collect: bool = False, remat: bool = False) -> tuple[jax.Array, dict, dict]:
     """(logits [B, L, A] in float32 at least, state, aux).
 
     A document starts where `position_BxL` is 0 (or where `reset_BxL` says). `key` switches dropout and replay on.
-    aux: float32 scalars averaged over the memories that report them, 'penalty' among them; with `collect` also 'layers'.
+    `prepared` is what `prepare_memories` gave for these parameters, None = computed in this call.
+    aux: float32 scalars averaged over the memories that report them, 'penalty' among them; 'load', the use of chapters by
+    layer, where a selection bias asks for it; with `collect` also 'layers'.
     """
     c, dtype = self.config, compute_dtype(self.config)
     embed = Embed(c.vocabulary, c.width, c.embedding.std, dtype, name='embed')
@@ -64,11 +76,12 @@ class Decoder(nn.Module):
     if c.embedding.position:
       x_BxLxD += PositionTable(c.embedding.max_position, c.width, c.embedding.std, dtype, name='position')(position_BxL)
     x_BxLxD = nn.with_logical_constraint(dropout(x_BxLxD, c.block.dropout, fold(key, 0)), ('batch', None, None))
-    flow = Flow(position_BxL, mask_BxL, write_mask_BxL, reset_BxL, token_BxL)
+    banks = {name: make_table(c.mixers[mixer], c.width, name=f'bank_{name}')() for name, mixer in shared_tables(c).items()}
+    flow = Flow(position_BxL, mask_BxL, write_mask_BxL, reset_BxL, token_BxL, banks)
     new, aux = {}, {}
     for number, part in enumerate(self.stacks):
       x_BxLxD, (new[part], aux[part]) = self._stack(part, remat, collect)(
-          x_BxLxD, state[part], self._keys(part, fold(key, number + 1)), flow)
+          x_BxLxD, state[part], self._keys(part, fold(key, number + 1)), (prepared or {}).get(part, {}), flow)
     x_BxLxD = make_norm(c.block.norm, epsilon=c.block.norm_epsilon, dtype=dtype, name='norm')(x_BxLxD)
     if c.embedding.tie: logits_BxLxA = embed.attend(x_BxLxD)
     else:
@@ -82,28 +95,63 @@ class Decoder(nn.Module):
   def _stack(self, part: str, remat: bool, collect: bool) -> nn.Module:
     kind = nn.remat(Period, prevent_cse=part != 'repeats') if remat else Period
     if part != 'repeats': return kind(self.config, self.stacks[part], collect, name=part)
-    scan = nn.scan(kind, variable_axes={'params': 0}, split_rngs={'params': True}, in_axes=(1, 0, nn.broadcast),
+    scan = nn.scan(kind, variable_axes={'params': 0}, split_rngs={'params': True}, in_axes=(1, 0, 0, nn.broadcast),
                    out_axes=(1, 0), length=self.config.repeats, metadata_params={nn.PARTITION_NAME: 'layers'})
     return scan(self.config, self.stacks[part], collect, name=part)
 
 
+def set_prompt_length(state: dict, length_B: jax.Array) -> dict:
+  """The state in which every router that asks for it knows how many tokens the prompt of each row has."""
+  def one(path, leaf):
+    if 'prompt_length' not in jax.tree_util.keystr(path[-1:]): return leaf
+    return jnp.broadcast_to(length_B.astype(leaf.dtype).reshape(-1, *(1,) * (leaf.ndim - 1)), leaf.shape)
+  return jax.tree_util.tree_map_with_path(one, state)
+
+
 def summarise(aux: dict, collect: bool) -> dict[str, Any]:
-  """{'penalty': ..., monitor: ...}: each scalar averaged over the memories that report it; with `collect` also 'layers'."""
-  values, layers = {}, {}
+  """{'penalty': ..., monitor: ...}: each scalar averaged over the memories that report it; 'load' as {path of the memory:
+  array}; with `collect` also 'layers'."""
+  values, layers, load = {'penalty': []}, {}, {}
   for part, by_layer in aux.items():
     for layer, by_name in by_layer.items():
       for name, entries in by_name.items():
         entries = dict(entries)
         if collect: layers[f'{part}/{layer}/{name}'] = entries.pop('statistics')
+        if 'load' in entries: load[f'{part}/{layer}/{name}'] = entries.pop('load')
         for entry, value in entries.items(): values.setdefault(entry, []).append(jnp.ravel(value))
-  flat = {name: jnp.mean(jnp.concatenate(value)) for name, value in values.items()}
-  return {**flat, 'layers': layers} if collect else flat
+  flat = {name: jnp.mean(jnp.concatenate(value)) if value else jnp.zeros((), jnp.float32) for name, value in values.items()}
+  return flat | ({'load': load} if load else {}) | ({'layers': layers} if collect else {})
+
+
+def prepare_memories(model: Decoder, params: dict) -> dict:
+  """What the memories compute from parameters alone (keys and values of banks), by part, layer and mixer: for `prepared`.
+
+  Valid as long as `params` are; computing it once is what makes decoding with a bank cheap.
+  """
+  c, out = model.config, {}
+  banks = {name: make_table(c.mixers[mixer], c.width, parent=None).apply({'params': params[f'bank_{name}']})
+           for name, mixer in shared_tables(c).items()}
+  for part, layers in model.stacks.items():
+    for number, layer in enumerate(layers):
+      for stage, (names, _) in enumerate(stages(layer)):
+        for name in names:
+          memory = make_memory(c.mixers[name], c.width, dtype=compute_dtype(c), parent=None)
+          if type(memory).prepare is Memory.prepare: continue
+          make = lambda p, memory=memory: memory.apply({'params': p}, banks, method='prepare')
+          own = params[part][f'layer_{number}'][f'mixers_{stage}' if stage else 'mixers'][name]
+          out.setdefault(part, {}).setdefault(f'layer_{number}', {})[name] = jax.vmap(make)(own) if part == 'repeats' else make(own)
+  return out
 
 
 def build_decoder(config: ModelConfig) -> Decoder:
   """The decoder of a config whose vocabulary is known; UserError otherwise."""
   if config.vocabulary < 1: raise UserError('config.model.vocabulary is 0; it is filled from the tokenizer before a model is built')
   return Decoder(config)
+
+
+def inference_model(config: ModelConfig) -> Decoder:
+  """The decoder of evaluation and generation: as trained, or with the strategy that a router names for inference."""
+  return build_decoder(dataclasses.replace(config, mixers=for_inference(config.mixers)))
 
 
 def _init(model: Decoder, key: jax.Array) -> dict:

@@ -32,6 +32,12 @@ def _running_count(mask_BxL, segment_BxL, count_B):
   return before - base + mask_BxL + jnp.where(segment_BxL == 0, count_B[:, None], 0)
 
 
+def running_count(mask_BxL, segment_BxL, *, count_B, like):
+  """int32 [B, L]: real tokens of each token's document up to and with it, as the means count them; `like` [B, L, D]."""
+  _, mask_BxL, segment_BxL = _filled(like, mask_BxL, segment_BxL)
+  return _running_count(mask_BxL, segment_BxL, count_B)
+
+
 def _running_sum(x_BxLxD, segment_BxL, total_BxD):
   """[B, L, D]: sum of x over the segment up to and with the token; segment 0 starts from total. No sum runs across segments."""
   def join(left, right):

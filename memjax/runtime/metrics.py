@@ -29,11 +29,12 @@ def read_rows(workdir: str) -> list[dict[str, Any]]:
 class MetricsLog:
   """Writes rows to metrics.jsonl, flushed one by one, and to TensorBoard where tensorboardX is installed.
 
-  What an earlier run wrote after step `after`, and its final test scores, are cut away first: they will come again.
+  `tags` are written into every row. What an earlier run wrote after step `after`, and its final test scores, are cut away
+  first: they will come again.
   """
 
-  def __init__(self, workdir: str, name: str, after: int):
-    self.name, path = name, os.path.join(workdir, FILE)
+  def __init__(self, workdir: str, name: str, after: int, tags: dict[str, Any] | None = None):
+    self.name, self.tags, path = name, tags or {}, os.path.join(workdir, FILE)
     kept = [row for row in read_rows(workdir) if row['step'] <= after and 'test/loss' not in row]
     with open(f'{path}.tmp', 'w', encoding='utf-8') as file: file.writelines(json.dumps(row) + '\n' for row in kept)
     os.replace(f'{path}.tmp', path)
@@ -42,7 +43,7 @@ class MetricsLog:
 
   def write(self, step: int, row: dict[str, float]) -> dict[str, Any]:
     """The row as written: step, configuration, values; what is not finite becomes null."""
-    row = {'step': step, 'config': self.name, **{k: _plain(v) for k, v in row.items()}}
+    row = {'step': step, 'config': self.name, **self.tags, **{k: _plain(v) for k, v in row.items()}}
     self.file.write(json.dumps(row) + '\n')
     self.file.flush()
     if self.board:

@@ -10,6 +10,7 @@ import optax
 
 from memjax.config.errors import UserError
 from memjax.config.schema import GroupConfig, OptimizerConfig
+from memjax.runtime.balance import is_bias
 from memjax.runtime.tree import named, unnamed
 
 Flat = dict[str, jax.Array]
@@ -78,7 +79,7 @@ def make_optimizer(config: OptimizerConfig, params: Any, steps: int, *, axes: An
   """
   flat = named(params)
   groups = assign_groups(config, list(flat))
-  frozen = frozenset(path for path, group in groups.items() if config.groups[group].rate == 0)
+  frozen = frozenset(path for path, group in groups.items() if config.groups[group].rate == 0 or is_bias(path))
   if len(frozen) == len(flat): raise UserError('optimizer.groups: every rate is 0, there is nothing to train')
   live = {path: group for path, group in groups.items() if path not in frozen}
   decayed = _decayed(config, flat, axes)
@@ -89,8 +90,18 @@ def make_optimizer(config: OptimizerConfig, params: Any, steps: int, *, axes: An
         learning_rate=sweep or schedule(group, steps), b1=config.b1, b2=config.b2, eps=config.eps,
         weight_decay=group.weight_decay, mask=lambda tree: {path: path in decayed for path in tree})
     clip = [optax.clip_by_global_norm(group.clip)] if group.clip else []
-    transforms[name] = optax.chain(*clip, adam)
+    transforms[name] = optax.chain(*clip, _used_rows(adam) if group.sparse else adam)
   return Optimizer(optax.partition(transforms, live), groups, frozen)
+
+
+def _used_rows(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+  """`inner` whose updates are zero for rows (of the last axis) whose gradient is all zero: neither decay nor momentum
+  moves the entries of chapters that a step did not use."""
+  def update(grads, state, params=None):
+    updates, state = inner.update(grads, state, params)
+    used = lambda u, g: jnp.where(jnp.any(g != 0, -1, keepdims=True), u, 0)
+    return jax.tree.map(used, updates, grads), state
+  return optax.GradientTransformation(inner.init, update)
 
 
 def _decayed(config: OptimizerConfig, flat: Flat, axes: Any) -> frozenset[str]:

@@ -9,13 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from memjax.config.banks import sees_future
 from memjax.config.codec import RESUMABLE, leaves, read_config, to_json
 from memjax.config.errors import UserError
-from memjax.config.schema import Config
+from memjax.config.schema import Config, ModelConfig
 from memjax.data.sources import read_documents
 from memjax.data.tokenizers import Tokenizer, load_tokenizer
 from memjax.data.tokens import Tokens, tokenize_split
-from memjax.models.decoder import Decoder, build_decoder, param_shapes
+from memjax.models.decoder import Decoder, build_decoder, inference_model, param_shapes
+from memjax.models.quantized import parse_quantization, quantize_banks
 from memjax.runtime.checkpoint import restore_for_reading
 from memjax.runtime.seeded import check_keys
 from memjax.runtime.workdir import CONFIG, TOKENIZER, fill_vocabulary, is_run
@@ -39,8 +41,15 @@ def config_hash(config: Config) -> str:
   return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def open_run(workdir: str, step: int = 0) -> Run:
+def run_tags(config: ModelConfig) -> dict[str, bool]:
+  """{'noncausal_routing': True} for a model whose router sees the future, else nothing: what its results must carry."""
+  return {'noncausal_routing': True} if any(map(sees_future, config.mixers.values())) else {}
+
+
+def open_run(workdir: str, step: int = 0, quantize: str = '') -> Run:
   """The run in a workdir at its best checkpoint, else the newest, or at `step`; nothing in it is changed.
+
+  Routers use the strategy of their config for inference. `quantize` ('int8', 'int4', 'nf4', with '/kv') stores banks as integers.
 
   A float64 model switches jax to 64 bits, as its training did. Raises UserError for a folder that is missing or not a
   workdir, no usable checkpoint, and a tokenizer that is not the one of the checkpoint.
@@ -49,14 +58,15 @@ def open_run(workdir: str, step: int = 0) -> Run:
   if config.model.dtype == 'float64': jax.config.update('jax_enable_x64', True)
   tokenizer = load_tokenizer(os.path.join(workdir, TOKENIZER))
   config = fill_vocabulary(config, tokenizer)
-  model = build_decoder(config.model)
-  step, params, record = restore_for_reading(workdir, param_shapes(model)[0], step)
+  step, params, record = restore_for_reading(workdir, param_shapes(build_decoder(config.model))[0], step)
   check_keys(config, record)
   trained_with = (record.get('data') or {}).get('fingerprint', tokenizer.fingerprint)
   if trained_with != tokenizer.fingerprint:
     raise UserError(f'the tokenizer in {workdir} does not match checkpoint {step}: its vocabulary hashes to '
                     f'{tokenizer.fingerprint[:16]}, the checkpoint was trained with {trained_with[:16]}')
-  return Run(workdir, config, model, jax.tree.map(jnp.asarray, params), tokenizer, step, record, config_hash(config))
+  shown, params = config.model, jax.tree.map(jnp.asarray, params)
+  if quantize: shown, params = quantize_banks(shown, params, parse_quantization(quantize))
+  return Run(workdir, config, inference_model(shown), params, tokenizer, step, record, config_hash(config))
 
 
 def read_workdir(workdir: str) -> Config:

@@ -8,6 +8,7 @@ import numpy as np
 
 from memjax.config.errors import ConfigError, UserError
 from memjax.config.options import config, option
+from memjax.models.decoder import prepare_memories, set_prompt_length
 from memjax.runtime.sharding import settle
 
 SEGMENT = 512      # tokens of a prompt that enter the model in one call; longer prompts take several
@@ -113,6 +114,7 @@ class Sampler:
   def __init__(self, model: Any, sampling: Sampling = Sampling(), *, chunk: int = CHUNK, segment: int = SEGMENT, limit: int = 0):
     self.model, self.sampling, self.chunk, self.segment = model, sampling, chunk, segment
     self.vocabulary = limit or model.config.vocabulary
+    self.prepare = jax.jit(lambda params: prepare_memories(model, params))
     self.prefill = jax.jit(self._prefill, donate_argnums=1)
     self.decode = jax.jit(self._decode, donate_argnums=1)
 
@@ -126,28 +128,33 @@ class Sampler:
     return logits_BxLxA[:, -1, :self.vocabulary], state
 
   def _decode(self, params, carry, row_B):
+    *carry, prepared = carry
     def body(carry, _):
       logits_BxA, state, position_B, count = carry
       token_B = draw(logits_BxA, self.sampling, row_B, count)
-      logits_BxA, state = self._prefill(params, state, token_B[:, None], {'position_BxL': position_B[:, None]})
+      flow = {'position_BxL': position_B[:, None], 'prepared': prepared}
+      logits_BxA, state = self._prefill(params, state, token_B[:, None], flow)
       return (logits_BxA, state, position_B + 1, count + 1), token_B
-    carry, token_NxB = jax.lax.scan(body, carry, None, length=self.chunk)
-    return carry, token_NxB.T
+    carry, token_NxB = jax.lax.scan(body, tuple(carry), None, length=self.chunk)
+    return (*carry, prepared), token_NxB.T
 
   def start(self, params: Any, prompts: Sequence[np.ndarray], max_len: int) -> tuple:
-    """The carry of `decode` after the prompts: (next logits [B, A], state, next position [B], tokens drawn so far).
+    """The carry of `decode` after the prompts: (next logits [B, A], state, next position [B], tokens drawn so far, what the
+    memories prepared from the parameters).
 
     `max_len` bounds the tokens of a row, prompt included, where a memory grows with its text.
     """
     token_BxL, position_BxL, mask_BxL = pad_left(prompts, self.segment)
-    state = self.model.init_state(len(prompts), max_len)
+    position_B = jnp.asarray([prompt.size for prompt in prompts], jnp.int32)
+    state = set_prompt_length(self.model.init_state(len(prompts), max_len), position_B)
+    prepared = self.prepare(params)
     step = min(self.segment, token_BxL.shape[1])
     for cut in range(0, token_BxL.shape[1], step):
       part = slice(cut, cut + step)
-      flow = {'position_BxL': position_BxL[:, part], 'mask_BxL': None if mask_BxL[:, part].all() else mask_BxL[:, part]}
+      flow = {'position_BxL': position_BxL[:, part], 'mask_BxL': None if mask_BxL[:, part].all() else mask_BxL[:, part],
+              'reset_BxL': np.zeros(mask_BxL[:, part].shape, bool), 'prepared': prepared}      # the state is new: nothing to forget
       logits_BxA, state = settle(self.prefill(params, state, token_BxL[:, part], flow))
-    position_B = jnp.asarray([prompt.size for prompt in prompts], jnp.int32)
-    return logits_BxA, state, position_B, jnp.zeros((), jnp.int32)
+    return logits_BxA, state, position_B, jnp.zeros((), jnp.int32), prepared
 
   def stream(self, params: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Iterator[np.ndarray]:
     """Yields int32 [B, n] arrays, n <= `chunk`, until max_new_tokens columns have come; tokens enter the model once.

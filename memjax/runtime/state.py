@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from memjax.config.banks import sees_future
 from memjax.config.errors import UserError
-from memjax.config.schema import Config, ModelConfig, wiring
+from memjax.config.schema import Config, ModelConfig, mixer_names
 from memjax.models.decoder import init_params, param_shapes
 from memjax.runtime import optim, sharding
+from memjax.runtime.balance import move_biases
 from memjax.runtime.losses import Totals, token_losses
 from memjax.runtime.tree import named, unnamed
 
@@ -26,11 +28,14 @@ class TrainState(NamedTuple):
 
 
 def check_carry(config: ModelConfig, field: str) -> None:
-  """Raises UserError if a layer holds full attention: its state cannot be carried without end."""
-  for name in sorted({name for layer in config.layers for name in wiring(layer)[0]}):
+  """Raises UserError if a layer holds full attention, whose state cannot be carried without end, or a router that sees the future."""
+  for name in sorted({name for layer in config.layers for name in mixer_names(layer)}):
     if config.mixers[name].kind == 'attention':
       raise UserError(f"{field} does not go with full attention (model.mixers.{name}): its state would grow without "
                       "end; use kind 'window'")
+    if sees_future(config.mixers[name]):
+      raise UserError(f'{field} does not go with model.mixers.{name}.router.strategy={config.mixers[name].router.strategy!r}, '
+                      'which needs the whole text at once')
 
 
 def make_init(model: Any, optimizer: optim.Optimizer, config: Config) -> Callable[[], TrainState]:
@@ -91,7 +96,7 @@ def make_forward(model: Any, config: Config) -> Callable:
       return jax.lax.stop_gradient(memory), (totals, aux)
     memory, (totals, aux) = jax.lax.scan(body, memory, (jnp.arange(number), cut))
     share = totals.tokens / jnp.maximum(jnp.sum(totals.tokens), 1)
-    return jax.tree.map(lambda x: jnp.sum(x, 0), totals), jax.tree.map(lambda x: jnp.sum(x * share), aux), memory
+    return jax.tree.map(lambda x: jnp.sum(x, 0), totals), jax.tree.map(lambda x: jnp.tensordot(share, x, 1), aux), memory
 
   def forward(params, memory, batch, key):
     if not training.carry: memory = model.init_state(batch['token'].shape[0], training.length if training.bptt else 0)
@@ -117,7 +122,7 @@ def make_gradient(model: Any, optimizer: optim.Optimizer, config: Config) -> Cal
     total = jnp.maximum(jnp.sum(batch['weight'], dtype=jnp.int32), 1)
     def objective(trainable, memory, part, key):
       totals, aux, memory = forward(unnamed({**trainable, **frozen}, params), memory, part, key)
-      aux = {name: value * (totals.tokens / total) for name, value in aux.items()}
+      aux = jax.tree.map(lambda value: value * (totals.tokens / total), aux)
       return totals.nats / total + aux['penalty'], (totals, aux, memory)
     grad = jax.grad(objective, has_aux=True)
     if number == 1:
@@ -152,6 +157,7 @@ def make_train_step(model: Any, optimizer: optim.Optimizer, config: Config,
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(norm) & jnp.isfinite(totals.nats + aux['penalty'])
     params, opt_state = optim.apply(optimizer, grads, state.opt_state, state.params)
+    params = move_biases(config.model, params, aux.pop('load', {}))
     keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
     skipped = jnp.where(finite, 0, state.skipped + 1)
     new = TrainState(state.step + 1, keep(params, state.params), keep(opt_state, state.opt_state), state.key,

@@ -1,6 +1,16 @@
 """The memories that the laws are tested on: every registered kind, and the options of each that change its recurrence."""
 import dataclasses
 
+from memjax.config.banks import (
+  BankConfig,
+  BankLossConfig,
+  BankQuantConfig,
+  BankShapeConfig,
+  MixingConfig,
+  ProductKeyConfig,
+  RouterConfig,
+)
+from memjax.config.context import ContextConfig
 from memjax.config.mixers import (
   AddressConfig,
   AttentionConfig,
@@ -26,6 +36,12 @@ def holographic(**options) -> HolographicConfig:
 SMALL_STATE = holographic(heads=1, binding=BindingConfig(), address=AddressConfig(kind='sigmoid', tie=True, gate=''),
                           keep=KeepConfig(kind='slot', bias=4.0))
 
+def bank(mixing: MixingConfig = MixingConfig(), shape: BankShapeConfig = BankShapeConfig(entries=20, chapters=5), **router) -> BankConfig:
+  """Five chapters of four entries, two read, and the given router."""
+  options = {name: router.pop(name) for name in ('quant', 'loss', 'kv_heads', 'projection_rank', 'form') if name in router}
+  return BankConfig(heads=2, shape=shape, mixing=mixing, router=RouterConfig(**{'top_k': 2, **router}), **options)
+
+
 # Every law runs on these.
 FULL = {
     'attention': AttentionConfig(heads=4, kv_heads=2),
@@ -36,6 +52,13 @@ FULL = {
     'holographic-delta': holographic(keep=KeepConfig(kind='slot', erase='slot')),
     'holographic-tiers': holographic(tiers=TiersConfig(kind='consolidate', interval=4), form=FormConfig()),
     'holographic-seed': HolographicSeedConfig(key_width=8, slots=2, dropout=0.0),
+    'bank': bank(),
+    'bank-dense': BankConfig(heads=2, shape=BankShapeConfig(entries=12)),
+    'bank-prefix': bank(strategy='prefix-mean'),
+    'bank-rolling': bank(strategy='rolling', window=3),
+    'bank-chunk': bank(strategy='chunk', block=3),
+    'product-key': ProductKeyConfig(heads=2, keys=4, top_k=3, key_width=8),
+    'context': ContextConfig(heads=2, kv_heads=1, slots=3, ratio=2, out_gate='silu'),
 }
 
 # Scan, Step, Split, Mask and Causal run on these.
@@ -55,5 +78,14 @@ MORE = {
     'tiers-learned': holographic(tiers=TiersConfig(kind='consolidate', interval=2, mix='learned', source='item', hard=True),
                                  form=FormConfig()),
     'tiers-controller': holographic(tiers=TiersConfig(kind='consolidate', interval=3, controller=True), form=FormConfig()),
+    'bank-hybrid': bank(strategy='hybrid', inference='hybrid', window=2),
+    'bank-shared': bank(MixingConfig(combine='joint_bias', shared=1, scale=2.0, norm='rms'), kv_heads=1, input='stream'),
+    'bank-joint': bank(MixingConfig(combine='joint', shared=1), loss=BankLossConfig(balance=.1, auxiliary=.1, z=.1)),
+    'bank-legacy': bank(MixingConfig(combine='legacy_scale', shared=1), loss=BankLossConfig(bias_rate=.1, balance_form='legacy')),
+    'bank-factorized': bank(shape=BankShapeConfig(entries=16, chapters=4, low_rank='factorized', rank=4), kind='product_key', projection_rank=3),
+    'bank-reduced': bank(shape=BankShapeConfig(entries=20, chapters=5, low_rank='reduced', rank=4), weight_norm='full'),
+    'bank-qat': bank(quant=BankQuantConfig(bits=4, group=4, train='straight')),
+    'context-clusters': ContextConfig(heads=2, slots=4, ratio=2, merge='evict', clusters=2, top_k=1),
+    'context-lloyd': ContextConfig(heads=2, slots=3, ratio=2, merge='sum', clusters=2, top_k=1, iterations=1),
     'losses': holographic(loss=MemoryLossConfig(replay=.1, contrastive=.1, balance=.1, gate=.1)),
 }

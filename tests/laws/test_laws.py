@@ -207,7 +207,7 @@ def test_reach(name):
   def loss(params):
     context = {'position_BxL': c.position, 'key': jax.random.key(4), 'token_BxL': jnp.arange(B * L).reshape(B, L)}
     y, _, aux = c.memory.apply(params, c.x, c.state, **context)
-    return jnp.mean(jnp.square(y - 1)) + aux['penalty']
+    return jnp.mean(jnp.square(y - 1)) + aux.get('penalty', 0.0)
   for path, leaf in jax.tree_util.tree_leaves_with_path(jax.jit(jax.grad(loss))(c.params)):
     where = jax.tree_util.keystr(path, simple=True, separator='/')
     inert = where.endswith(tuple(getattr(c.memory, 'inert', ())) or '-')          # the seed's parameters that cancel, named by the kind

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from memjax.config.mixers import AttentionConfig
-from memjax.config.schema import Config, wiring
+from memjax.config.schema import Config, mixer_names
 from memjax.memory.registry import make_memory
 from memjax.models.block import compute_dtype
 from memjax.ops.binding import bind, key_map, unbind
@@ -28,7 +28,7 @@ def measure_cost(config: Config, lengths: list[int], *, rows: int = 1) -> dict[s
   needs; bytes of the state that decoding carries for a row of that length.
   """
   model = config.model
-  named = {name for layer in model.layers for name in wiring(layer)[0]}
+  named = {name for layer in model.layers for name in mixer_names(layer)}
   used = {name: mixer for name, mixer in model.mixers.items() if name in named}
   heads = [getattr(mixer, 'heads', 0) for mixer in used.values()]
   count = next((h for h in heads if h and model.width % h == 0 and (model.width // h) % 2 == 0), 1)

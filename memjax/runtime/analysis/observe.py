@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memjax.config.schema import ModelConfig, wiring
+from memjax.config.schema import ModelConfig, mixer_names
 from memjax.data.pipeline import eval_batches
 from memjax.data.tokens import Tokens
 from memjax.ops.binding import unbind
@@ -44,7 +44,7 @@ def list_places(config: ModelConfig) -> list[Place]:
   layers = [(part, f'layer_{i}', repeat, layer) for part, pattern, repeats in parts for repeat in range(repeats)
             for i, layer in enumerate(pattern)]
   return [Place(f'{number} {mixer}', mixer, part, layer, repeat)
-          for number, (part, layer, repeat, name) in enumerate(layers) for mixer in wiring(name)[0]]
+          for number, (part, layer, repeat, name) in enumerate(layers) for mixer in mixer_names(name)]
 
 
 def round_list(x: Any, digits: int = 5) -> Any:

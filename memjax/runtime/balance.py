@@ -1,0 +1,30 @@
+"""Loss-free balancing: the selection bias of each router moves with the use of its chapters, after the optimiser step."""
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from memjax.config.schema import ModelConfig
+from memjax.runtime.tree import named, unnamed
+
+BIAS = 'selection_bias'
+
+
+def is_bias(path: str) -> bool:
+  """Whether a parameter is a selection bias: no gradient, no optimiser state."""
+  return path.endswith(f'/{BIAS}')
+
+
+def move_biases(config: ModelConfig, params: Any, load: dict[str, jax.Array]) -> Any:
+  """Parameters with e_i + rate * sign(mean c - c_i) for every bias e (DeepSeek-AI 2024), c the use of the chapters in `load`.
+
+  `load` names a memory 'part/layer/mixer', as the model's aux does; arrays are [P] or, of scanned layers, [I, P].
+  """
+  flat = named(params)
+  for place, use in load.items():
+    part, layer, mixer = place.split('/')
+    path = next(path for path in flat if re.fullmatch(rf'{part}/{layer}/mixers(_\d+)?/{mixer}/router/{BIAS}', path))
+    step = jnp.sign(use.mean(-1, keepdims=True) - use)
+    flat[path] = flat[path] + config.mixers[mixer].loss.bias_rate * step.astype(flat[path].dtype)
+  return unnamed(flat, params)
