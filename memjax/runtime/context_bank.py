@@ -69,18 +69,7 @@ def load_bank(path: str | os.PathLike, fingerprint: str, like: Any) -> Any:
 
   Raises UserError if the file is missing or damaged, or its banks are another model's or of other shapes.
   """
-  try:
-    with np.load(path, allow_pickle=False) as file:
-      record = json.loads(str(file[RECORD]))
-      if record['format'] != FORMAT: raise UserError(f'{path} is of format {record["format"]}, this version reads {FORMAT}')
-      arrays = {name: file[f'bank/{name}'] for name in record['leaves']}
-      made_by = str(record['fingerprint'])
-  except FileNotFoundError:
-    raise UserError(f'no such file: {path}') from None
-  except OSError as error:
-    raise UserError(f'{path} cannot be read: {error.strerror or error}') from None
-  except DAMAGE:
-    raise UserError(f'{path} is damaged or no file of context banks') from None
+  made_by, arrays = _read(path)
   if made_by != fingerprint: raise UserError(f'{path} holds the banks of another model: fingerprint {made_by}, not {fingerprint}')
   want = named(banks_of(like))
   for name in sorted(want.keys() | arrays.keys()):
@@ -89,6 +78,22 @@ def load_bank(path: str | os.PathLike, fingerprint: str, like: Any) -> Any:
   found = {place: Bank(**{n: jnp.asarray(arrays[f'{place}/{n}']) for n in vars(bank)}) for place, bank in banks_of(like).items()}
   return jax.tree_util.tree_map_with_path(
       lambda at, leaf: found[jax.tree_util.keystr(at, simple=True, separator='/')] if _is_bank(leaf) else leaf, like, is_leaf=_is_bank)
+
+
+def _read(path):
+  """(fingerprint, {name: array}) of a file; UserError if it cannot be."""
+  try:
+    with open(path, 'rb') as raw, np.load(raw, allow_pickle=False) as file:
+      record = json.loads(str(file[RECORD]))
+      if record['format'] != FORMAT: raise UserError(f'{path} is of format {record["format"]}, this version reads {FORMAT}')
+      arrays = {name: file[f'bank/{name}'] for name in record['leaves']}
+      return str(record['fingerprint']), arrays
+  except FileNotFoundError:
+    raise UserError(f'no such file: {path}') from None
+  except OSError as error:
+    raise UserError(f'{path} cannot be read: {error.strerror or error}') from None
+  except DAMAGE:
+    raise UserError(f'{path} is damaged or no file of context banks') from None
 
 
 def _is_bank(node: Any) -> bool:
