@@ -131,6 +131,7 @@ class Run:
       if name not in self.places: continue
       mapped = jax.vmap(functools.partial(function, self.model, a), (0, None, None, None))
       self.jobs[name] = (mapped, (shapes[0], split.stream, number, self.places[name]))
+    self.choices = list(self.places)               # ways of evaluation that validation chooses between
     self.cases: dict[str, common.Case] = {}
 
   def _longest(self) -> int:
@@ -182,7 +183,7 @@ def report_model(name: str, config, run: Run) -> dict[str, Any]:
   best, training = run.train(name)
   valid = {how: run.evaluate(best, 'valid', how) for how in run.places}
   of_rate = {rate: [i for i, (r, _) in enumerate(run.members) if r == rate] for rate in run.a.rates}
-  rate, how = min(((r, h) for r in of_rate for h in valid), key=lambda rh: valid[rh[1]][of_rate[rh[0]]].mean())
+  rate, how = min(((r, h) for r in of_rate for h in run.choices), key=lambda rh: valid[rh[1]][of_rate[rh[0]]].mean())
   test = {h: run.evaluate(best, 'test', h) for h in run.places}
   chosen, text = of_rate[rate], run.texts['test']
   nll_M = test[how][chosen]
@@ -210,9 +211,9 @@ def draw(rows: list[dict[str, Any]], path, title: str) -> None:
   plt.close(figure)
 
 
-def arguments(argv):
-  """The parsed command line, with the automatic values filled in."""
-  make = common.parser('language', __doc__)
+def arguments(argv, *, more=None, name: str = 'language', description: str = __doc__):
+  """The parsed command line, with the automatic values filled in; `more` adds options to the parser of another benchmark."""
+  make = common.parser(name, description)
   for split in ('train', 'valid', 'test'): make.add_argument(f'--{split}', required=True, help='a UTF-8 text file')
   make.add_argument('--name', default='', help='of the text, for the table and the file')
   make.add_argument('--tokens', choices=('bytes', 'words'), default='bytes')
@@ -225,6 +226,7 @@ def arguments(argv):
   make.add_argument('--dropout', type=float, default=0.0)
   make.add_argument('--weight_decay', type=float, default=0.1)
   make.add_argument('--dtype', default='', choices=('', 'float32', 'bfloat16'), help='of compute; default bfloat16 on a GPU')
+  if more: more(make)
   a = make.parse_args(argv)
   if a.small:                                    # other defaults; what the command line names still counts
     make.set_defaults(width=64, layers=2, steps=400, seeds=1, batch=16, length=128)
