@@ -66,7 +66,7 @@ def read_slots(query_LxHxD: jax.Array, bank: Bank, see_LxS: jax.Array) -> tuple[
 def route(query_LxHxD: jax.Array, bank: Bank, top_k: int) -> jax.Array:
   """Visible slots [L, S] bool: all valid ones without clusters, else those of the `top_k` clusters nearest in dot product.
 
-  A token has one choice: the queries of its heads are summed. Clusters without slots cannot be chosen.
+  A token has one choice: the queries of its heads are summed. Clusters without slots come last and show nothing.
   """
   valid_LxS = jnp.broadcast_to(bank.valid[None] > 0, (query_LxHxD.shape[0], bank.valid.shape[0]))
   N = bank.centroids.shape[0]
@@ -75,7 +75,7 @@ def route(query_LxHxD: jax.Array, bank: Bank, top_k: int) -> jax.Array:
   alive_LxN = jnp.broadcast_to(jnp.any(member_SxN, 0)[None], (query_LxHxD.shape[0], N))
   query_LxD = jax.lax.stop_gradient(query_LxHxD).sum(1).astype(bank.centroids.dtype)
   score_LxN = jnp.where(alive_LxN, jnp.einsum('ld,nd->ln', query_LxD, bank.centroids, precision=EXACT), -jnp.inf)
-  chosen_LxN = jnp.any(jax.nn.one_hot(jax.lax.top_k(score_LxN, top_k)[1], N, dtype=bool), 1) & alive_LxN
+  chosen_LxN = jnp.any(jax.nn.one_hot(jax.lax.top_k(score_LxN, top_k)[1], N, dtype=bool), 1)
   return valid_LxS & (chosen_LxN.astype(jnp.int32) @ member_SxN.T.astype(jnp.int32) > 0)
 
 
@@ -195,30 +195,33 @@ def join(bank: Bank, at: jax.Array) -> Bank:
 def cluster(bank: Bank, iterations: int) -> Bank:
   """Lloyd's algorithm on the valid slots from a deterministic farthest-point start.
 
-  The first valid slot is the first centroid, then always the slot farthest from those chosen. A cluster that runs empty
-  takes the slot farthest from its centroid in the next step; with fewer distinct slots than clusters some stay empty.
+  The first valid slot is the first centroid, then always the slot farthest from those chosen. With fewer distinct slots
+  than clusters some clusters stay empty.
   """
-  valid_S, N = bank.valid > 0, bank.centroids.shape[0]
-  place = jnp.arange(N)
   def start(n, found):
-    centroids, alive_N, far_S = found
+    bank, far_S = found
     pick = jnp.argmax(far_S)
-    centroids, alive_N = centroids.at[n].set(bank.slots[pick]), alive_N.at[n].set(far_S[pick] > 0)
-    return centroids, alive_N, jnp.minimum(far_S, _distances(bank.slots, bank.slots[pick][None])[:, 0])
-  far_S = jnp.where(valid_S, jnp.inf, 0).astype(bank.slots.dtype)
-  centroids, alive_N, _ = jax.lax.fori_loop(0, N, start, (bank.centroids, jnp.zeros((N,), bool), far_S))
-  def lloyd(_, found):
-    centroids, alive_N = found[0].centroids, found[1]
-    near_SxN = jnp.where(alive_N[None], _distances(bank.slots, centroids), jnp.inf)
-    own_S = jnp.where(valid_S, near_SxN.min(1), -1)
-    stray = jnp.argmax(own_S)
-    seeded_N = (place == jnp.argmin(alive_N)) & ~alive_N & (own_S[stray] > 0)
-    centroids = jnp.where(seeded_N[:, None], bank.slots[stray][None], centroids)
-    near_SxN = jnp.where((alive_N | seeded_N)[None], _distances(bank.slots, centroids), jnp.inf)
-    assign = jnp.where(valid_S, 1 + jnp.argmin(near_SxN, 1).astype(jnp.int32), 0)
-    moved = _with_means(dataclasses.replace(bank, assign=assign))
-    return moved, jnp.any(_members(moved), 0)
-  return jax.lax.fori_loop(0, iterations, lloyd, (dataclasses.replace(bank, centroids=centroids), alive_N))[0]
+    own = jnp.where(far_S[pick] > 0, n + 1, bank.assign[pick]).astype(jnp.int32)
+    bank = dataclasses.replace(bank, centroids=bank.centroids.at[n].set(bank.slots[pick]), assign=bank.assign.at[pick].set(own))
+    return bank, jnp.minimum(far_S, _distances(bank.slots, bank.slots[pick][None])[:, 0])
+  far_S = jnp.where(bank.valid > 0, jnp.inf, 0).astype(bank.slots.dtype)
+  bank = dataclasses.replace(bank, assign=jnp.zeros_like(bank.assign))
+  bank, _ = jax.lax.fori_loop(0, bank.centroids.shape[0], start, (bank, far_S))
+  return jax.lax.fori_loop(0, iterations, lambda _, bank: lloyd_step(bank), bank)
+
+
+def lloyd_step(bank: Bank) -> Bank:
+  """Every valid slot joins the nearest centroid of a cluster that has slots; centroids move to the means.
+
+  The first cluster without slots, if there is one, takes the slot that is farthest from its centroid.
+  """
+  valid_S, alive_N = bank.valid > 0, jnp.any(_members(bank), 0)
+  far_SxN = jnp.where(alive_N[None], _distances(bank.slots, bank.centroids), jnp.inf)
+  joined = dataclasses.replace(bank, assign=jnp.where(valid_S, 1 + jnp.argmin(far_SxN, 1).astype(jnp.int32), 0))
+  own_S = jnp.where(valid_S, far_SxN.min(1), -1)
+  empty_N, stray = ~jnp.any(_members(joined), 0), jnp.argmax(own_S)
+  seed = jnp.where(jnp.any(empty_N) & (own_S[stray] > 0), 1 + jnp.argmax(empty_N), joined.assign[stray])
+  return _with_means(dataclasses.replace(joined, assign=joined.assign.at[stray].set(seed.astype(jnp.int32))))
 
 
 # Tokens in windows, banks as wholes -------------------------------------------------------------------------------------------
@@ -226,12 +229,10 @@ def cluster(bank: Bank, iterations: int) -> Bank:
 def past_border(pending: jax.Array, wrote_L: jax.Array, reset_L: jax.Array, ratio: int) -> jax.Array:
   """Whether a slot was completed before each token, [L] bool, in a window of at most `ratio` tokens: then by one token at most.
 
-  A slot is completed by the token that makes `ratio` written ones since the last slot or reset; `pending` came before.
+  A slot is completed by the token that makes `ratio` written ones since the last slot or reset; `pending` came before. After
+  a reset inside of the window only its last token can do so, and no token comes later.
   """
-  wrote = wrote_L.astype(jnp.int32)
-  written = jnp.cumsum(wrote)
-  start = jax.lax.cummax(jnp.where(reset_L, written - wrote, -pending))
-  done = (wrote_L & (written - start == ratio)).astype(jnp.int32)
+  done = (wrote_L & (pending + jnp.cumsum(wrote_L.astype(jnp.int32)) == ratio) & (jnp.cumsum(reset_L) == 0)).astype(jnp.int32)
   return jnp.cumsum(done) - done > 0
 
 

@@ -99,10 +99,14 @@ def test_nothing_learned_depends_on_an_update():
   before = jax.tree.map(np.array, params)
   run(memory, params, x, position, state)
   jax.tree.map(np.testing.assert_array_equal, params, before)
-  def held(params, x, slots):
-    bank = run(memory, params, x, position, dataclasses.replace(state, slots=slots))[1]
-    return sum(jnp.sum(leaf ** 2) for leaf in jax.tree.leaves(bank) if leaf.dtype == x.dtype)
-  assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(jax.grad(held, argnums=(0, 1, 2))(params, x, state.slots)))
+  bank = run(memory, params, x, position, state)[1]
+  for tokens in (L, 1):
+    def held(params, x, bank_of_before, tokens=tokens):
+      bank = run(memory, params, x[:, :tokens], position[:, :tokens], dataclasses.replace(bank_of_before, **whole))[1]
+      return sum(jnp.sum(leaf ** 2) for leaf in jax.tree.leaves(bank) if leaf.dtype == x.dtype)
+    whole = {name: leaf for name, leaf in vars(bank).items() if leaf.dtype != x.dtype}
+    real = dataclasses.replace(bank, **{name: leaf.astype(x.dtype) for name, leaf in whole.items()})
+    assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(jax.grad(held, argnums=(0, 1, 2))(params, x, real)))
 
 
 def test_bank_lives_on_over_prompts():

@@ -123,7 +123,7 @@ def same(bank, loop):
 def test_updates_and_reads_equal_a_loop(name):
   """Tokens read, account and pool one after the other, in fp64: mixed slots, masses and every leaf after each slot."""
   config, rng = CONFIGS[name], np.random.default_rng(1)
-  tokens, queries = rng.normal(size=(STEPS * RATIO, D)), rng.normal(size=(STEPS * RATIO, 2, D))
+  tokens, queries = 1 + rng.normal(size=(STEPS * RATIO, D)), rng.normal(size=(STEPS * RATIO, 2, D))
   def token(bank, x, query):
     mixed, mass = ops.read_slots(query[None], bank, ops.route(query[None], bank, config.top_k))
     return ops.pool(ops.account(bank, mass, threshold=config.threshold), x[None], jnp.ones(1, bool)), mixed[0], mass[0]
@@ -210,9 +210,31 @@ def test_weighted_mean_is_conserved():
 
 
 def test_very_old_slots_still_merge():
-  """omega underflows to 0 in float32: the merged slot is then the plain mean, finite."""
-  bank = append_all(ContextConfig(slots=2, decay=0.0), np.eye(D, dtype=np.float32)[:4], jnp.float32)
-  assert np.isfinite(bank.slots).all() and float(bank.slots.sum()) == pytest.approx(2)
+  """omega underflows to 0 in float32: the merged slot is then the plain mean."""
+  rows = np.eye(D, dtype=np.float32)
+  bank = append_all(ContextConfig(slots=2, decay=0.0), rows[:3], jnp.float32)
+  np.testing.assert_array_equal(bank.slots, [(rows[0] + rows[1]) / 2, rows[2]])
+
+
+def test_equal_slots_tie_at_exactly_zero():
+  """Rounding must not decide between equal pairs, or two ways of computing the same would part."""
+  rows = (1000 * np.random.default_rng(9).normal(size=(2, 64))).astype(np.float32)[[0, 1, 0, 1]]
+  bank = append_all(ContextConfig(slots=4), rows, jnp.float32)
+  cost = np.asarray(quick(lambda bank: ops.merge_cost(bank, 0.99))(bank))
+  assert cost[0, 2] == cost[1, 3] == 0 and np.isinf(cost[np.tril_indices(4)]).all()
+  assert np.isfinite(cost[np.triu_indices(4, 1)]).all() and (cost[[0, 0, 1, 2], [1, 3, 2, 3]] > 1e6).all()
+
+
+def test_empty_clusters_are_seeded_and_equal_slots_share_one():
+  config = ContextConfig(slots=4, clusters=3, top_k=1, iterations=1)
+  points = np.float32([[0, 0], [0, 1], [9, 0], [9, 1]])
+  full = dataclasses.replace(append_all(config, points, jnp.float32), assign=jnp.int32([1, 1, 1, 3]),
+                             centroids=jnp.float32([[0, 0], [9, 9], [8, 2]]))
+  moved = quick(ops.lloyd_step)(full)                                 # cluster 2 had no slots: its centroid attracts none
+  assert moved.assign.tolist() == [1, 1, 2, 3]                        # slot 2 was the farthest from its centroid
+  np.testing.assert_array_equal(moved.centroids, [[0, 0.5], [9, 0], [9, 1]])
+  same_slots = append_all(config, points[[3, 3, 3, 3]], jnp.float32)
+  assert same_slots.assign.tolist() == [1] * 4 and not np.asarray(same_slots.centroids[1:]).any()
 
 
 def test_users_do_not_mix_under_vmap():
