@@ -124,7 +124,8 @@ def bank(chapters=0, **shape):
 
 
 DIRECT = [(lambda: ModelConfig(mixers={'attention': BlockConfig()}), 'mixers.attention is not the config of a memory'),
-          (lambda: ModelConfig(mixers={'a': bank(entries=8), 'b': bank(entries=9)}, pattern=('a',)), 'mixers.b and mixers.a share the bank'),
+          (lambda: ModelConfig(mixers={'a': bank(entries=8), 'b': bank(entries=9)}, pattern=('a',)),
+           'mixers.b and mixers.a share the bank'),
           (lambda: Config(model=ModelConfig(mixers={'attention': bank(chapters=4)})), 'attention.router.strategy sees the future')]
 
 
