@@ -90,6 +90,7 @@ REFUSED = [
   ('model.pattern=swa:gate', "config.model.pattern layer 'swa:gate' gates 1 mixers; a gate needs two"),
   ('model.suffix=none', "config.model.suffix names 'none', which is not one of mixers"),
   ('model.grafted=none', "config.model.grafted names 'none', which is not one of mixers"),
+  ('model.hidden=-1 model.block.mlp_out_std=1', 'config.model.block.mlp_out_std applies to a feed-forward network'),
   ('model.repeats=0', 'config.model.pattern, prefix and suffix together hold no layers'),
   ('model.embedding.position=learned', "config.model.embedding.max_position > 0 goes with position='learned'"),
   ('model.embedding.max_position=9', "config.model.embedding.max_position > 0 goes with position='learned'"),
@@ -97,10 +98,11 @@ REFUSED = [
   ('data.tokenizer.size=300', 'config.data.tokenizer.size applies to kind bpe, not to bytes'),
   ('data.source=path', "config.data.path goes with source 'path'"),
   ('data.hub=a/b', "config.data.hub goes with source 'hub'"),
-  ('data.column=body', "config.data.column applies to source 'hub'"),
+  ('data.column=body', 'config.data.column applies to tables; the bundled corpus has none'),
   ('training.accumulate=3', 'config.training.batch=16 is not a multiple of accumulate=3'),
   ('training.bptt=100', 'config.training.length=256 is not a multiple of bptt=100'),
   (f'{GROUP}decay_share=.5', 'config.optimizer.groups.main.decay_share applies to schedule wsd'),
+  (f'{GROUP}decay_shape=cosine', 'config.optimizer.groups.main.decay_shape applies to schedule wsd'),
   (f'{GROUP}schedule=constant {GROUP}end=0', 'config.optimizer.groups.main.end does not apply'),
   ('optimizer.rules=main', "config.optimizer.rules holds 'main', which is not of the form"),
   ('optimizer.rules=.*=memory', "config.optimizer.rules holds '.*=memory', whose group 'memory' is not one of"),
@@ -123,7 +125,9 @@ def bank(chapters=0, **shape):
   return BankConfig(shape=BankShapeConfig(share='common', chapters=chapters, **shape), router=router)
 
 
-DIRECT = [(lambda: ModelConfig(mixers={'attention': BlockConfig()}), 'mixers.attention is not the config of a memory'),
+DIRECT = [(lambda: ModelConfig(mixers={'mem': HolographicConfig()}, pattern=('mem',), block=BlockConfig(mixer_out_std=1.0)),
+           'block.mixer_out_std applies to attention and window; mixers holds neither'),
+          (lambda: ModelConfig(mixers={'attention': BlockConfig()}), 'mixers.attention is not the config of a memory'),
           (lambda: ModelConfig(mixers={'a': bank(entries=8), 'b': bank(entries=9)}, pattern=('a',)),
            'mixers.b and mixers.a share the bank'),
           (lambda: Config(model=ModelConfig(mixers={'attention': bank(chapters=4)})), 'attention.router.strategy sees the future')]

@@ -8,6 +8,7 @@ from memjax.config.mixers import MIXERS, SEEDS, AttentionConfig
 from memjax.config.options import config, option
 
 GATE = ':gate'
+ACTIVATIONS = ('swiglu', 'silu', 'relu', 'gelu', 'sigmoid', 'tanh')
 
 
 def _check_pattern(name: str, pattern: str) -> None:
@@ -33,11 +34,13 @@ class BlockConfig:
   """The residual block around a mixer."""
   norm: str = option('rmsnorm', 'normalisation', choices=('rmsnorm', 'layernorm'))
   placement: str = option('pre', 'norm before the mixer (pre) or after the residual (post)', choices=('pre', 'post'))
-  activation: str = option('swiglu', 'feed-forward network', choices=('swiglu', 'gelu'))
+  activation: str = option('swiglu', 'of the feed-forward network; swiglu multiplies by a gate, the others have none', choices=ACTIVATIONS)
   bias: bool = option(False, 'biases in the feed-forward network')
   norm_epsilon: float = option(1e-6, 'inside the square root of the norms', low=1e-12)
   dropout: float = option(0.0, 'of embeddings and of residual branches', low=0.0, high=0.999)
   init_std: float = option(0.0, 'standard deviation of all matrices; 0 = 1 / sqrt(fan-in)', low=0.0)
+  mixer_out_std: float = option(0.0, 'that of the output projection of attention and window; 0 = init_std', low=0.0)
+  mlp_out_std: float = option(0.0, 'that of the last matrix of the feed-forward network; 0 = init_std', low=0.0)
 
 
 @config
@@ -83,6 +86,9 @@ class ModelConfig:
           refuse(gated and len(some) != 2, f'{where} layer {layer!r} gates {len(some)} mixers; a gate needs two')
     for name in self.grafted: refuse(name not in self.mixers, f'grafted names {name!r}, {known}')
     refuse(not self.depth, 'pattern, prefix and suffix together hold no layers')
+    attends = any(isinstance(mixer, AttentionConfig) for mixer in self.mixers.values())
+    refuse(self.block.mixer_out_std > 0 and not attends, 'block.mixer_out_std applies to attention and window; mixers holds neither')
+    refuse(self.block.mlp_out_std > 0 and self.hidden < 0, 'block.mlp_out_std applies to a feed-forward network; hidden is -1')
     for name, mixer in self.mixers.items(): self._check_width(f'mixers.{name}', mixer)
     self._check_shared()
 
@@ -145,7 +151,7 @@ class DataConfig:
   source: str = option('shakespeare', 'bundled corpus, local path, or hub', choices=('shakespeare', 'path', 'hub'))
   path: str = option('', 'file or folder of source path')
   hub: str = option('', "dataset of source hub, as 'owner/name[:configuration]'")
-  column: str = option('text', 'text column of source hub')
+  column: str = option('text', 'text column of source hub and of .jsonl files')
   separator: str = option('\n\n\n', "border between documents; '' = one document a file; 'wikitext' = article headings")
   order: str = option('shuffle', 'shuffled windows, or one contiguous lane per row', choices=('shuffle', 'lanes'))
   tokenizer: TokenizerConfig = option(TokenizerConfig(), 'tokens')
@@ -154,7 +160,7 @@ class DataConfig:
   def __post_init__(self):
     for name in ('path', 'hub'):
       refuse((self.source == name) != bool(getattr(self, name)), f"{name} goes with source '{name}', and only with it")
-    refuse(self.column != 'text' and self.source != 'hub', f"column applies to source 'hub', not to {self.source!r}")
+    refuse(self.column != 'text' and self.source == 'shakespeare', 'column applies to tables; the bundled corpus has none')
 
 
 @config
@@ -184,6 +190,7 @@ class GroupConfig:
   warmup: int = option(0, 'steps of linear warm-up', low=0)
   end: float = option(0.1, 'last rate as a share of the peak', low=0.0, high=1.0)
   decay_share: float = option(0.2, 'share of all steps that wsd spends decaying', low=0.0, high=1.0)
+  decay_shape: str = option('linear', 'fall of wsd', choices=('linear', 'cosine', 'one_minus_sqrt'))
   weight_decay: float = option(0.1, 'decoupled weight decay', low=0.0)
   clip: float = option(1.0, "largest global norm of the group's gradient; 0 = off", low=0.0)
   sparse: bool = option(False, 'leave rows alone whose gradient is zero: no decay, no momentum (banks)')
@@ -191,6 +198,7 @@ class GroupConfig:
   def __post_init__(self):
     refuse(self.decay_share != 0.2 and self.schedule != 'wsd',
             f'decay_share applies to schedule wsd, not to {self.schedule}')
+    refuse(self.decay_shape != 'linear' and self.schedule != 'wsd', f'decay_shape applies to schedule wsd, not to {self.schedule}')
     refuse(self.end != 0.1 and self.schedule == 'constant', 'end does not apply to schedule constant')
 
 

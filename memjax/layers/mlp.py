@@ -1,4 +1,5 @@
 """Position-wise feed-forward networks."""
+import functools
 from typing import Any
 
 import jax
@@ -7,30 +8,37 @@ from flax import linen as nn
 
 from memjax.layers.linear import Linear, dropout
 
+PLAIN = {'silu': jax.nn.silu, 'relu': jax.nn.relu, 'gelu': functools.partial(jax.nn.gelu, approximate=False),
+         'sigmoid': jax.nn.sigmoid, 'tanh': jnp.tanh}
+
 
 def hidden_width(width: int, hidden: int, activation: str) -> int:
-  """F of the config: `hidden`, or for 0 the usual multiple of D rounded up to 32 (8/3 for SwiGLU, 4 for GELU)."""
+  """F of the config: `hidden`, or for 0 the usual multiple of D rounded up to 32 (8/3 for SwiGLU, else 4)."""
   if hidden: return hidden
-  wide = 4 * width if activation == 'gelu' else -(-8 * width // 3)
+  wide = -(-8 * width // 3) if activation == 'swiglu' else 4 * width
   return -(-wide // 32) * 32
 
 
 class MLP(nn.Module):
-  """SwiGLU, W_d (silu(W_g x) * W_u x) (Shazeer 2020), or W_d gelu(W_u x) with the exact (erf) GELU."""
+  """SwiGLU, W_d (silu(W_g x) * W_u x) (Shazeer 2020), or W_d a(W_u x) with another activation a (GELU is the exact one, by erf).
+
+  `std` is that of the matrices at initialisation, `out_std` that of W_d; 0 = 1 / sqrt(fan-in), and `std`.
+  """
   hidden: int
   activation: str = 'swiglu'
   bias: bool = False
   inner_dropout: float = 0.0
   std: float = 0.0
   dtype: Any = jnp.float32
+  out_std: float = 0.0
 
   @nn.compact
   def __call__(self, x_BxLxD: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
     """Returns [B, L, D]; `key` switches the dropout on the hidden layer on."""
     def up(name):
       return Linear(self.hidden, ('embed', 'hidden'), use_bias=self.bias, std=self.std, dtype=self.dtype, name=name)(x_BxLxD)
-    h_BxLxF = jax.nn.silu(up('gate')) * up('up') if self.activation == 'swiglu' else jax.nn.gelu(up('up'), approximate=False)
+    h_BxLxF = jax.nn.silu(up('gate')) * up('up') if self.activation == 'swiglu' else PLAIN[self.activation](up('up'))
     h_BxLxF = nn.with_logical_constraint(h_BxLxF, ('batch', None, 'hidden'))
     h_BxLxF = dropout(h_BxLxF, self.inner_dropout, key)
-    down = Linear(x_BxLxD.shape[-1], ('hidden', 'embed'), use_bias=self.bias, std=self.std, dtype=self.dtype, name='down')
+    down = Linear(x_BxLxD.shape[-1], ('hidden', 'embed'), use_bias=self.bias, std=self.out_std or self.std, dtype=self.dtype, name='down')
     return down(h_BxLxF)

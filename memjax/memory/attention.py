@@ -34,7 +34,8 @@ class Attention(Memory):
     self.query = Linear(c.heads * self.head_width, ('embed', 'heads'), name='query', **inner)
     self.key = Linear(self.groups * self.head_width, ('embed', 'heads'), name='key', **inner)
     self.value = Linear(self.groups * self.head_width, ('embed', 'heads'), name='value', **inner)
-    self.out = Linear(self.width, ('heads', 'embed'), use_bias=c.out_bias, zero=self.grafted, name='out', **shared)
+    self.out = Linear(self.width, ('heads', 'embed'), use_bias=c.out_bias, zero=self.grafted, name='out',
+                      **shared | {'std': self.out_std or self.std})
     if c.qk_norm: self.query_norm, self.key_norm = (RMSNorm(dtype=self.dtype, name=n) for n in ('query_norm', 'key_norm'))
 
   @property

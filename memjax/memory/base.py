@@ -40,13 +40,14 @@ class Memory(nn.Module):
   """Base of every memory. Kinds give `init_state`, `project`, `write`, `read` and `readout`.
 
   config: the kind's dataclass; width: D; std: of matrices at initialisation, 0 = 1/sqrt(fan-in); grafted: the output
-  projection starts at zero, so that a host is left bit-equal.
+  projection starts at zero, so that a host is left bit-equal; out_std: of the output projection of attention, 0 = std.
   """
   config: Any
   width: int
   dtype: Any = jnp.float32
   std: float = 0.0
   grafted: bool = False
+  out_std: float = 0.0
 
   chunk = 1            # a fast form may be entered only at position % chunk == 0
   order = 'after'      # read 'after' or 'before' the write of the same token

@@ -60,7 +60,8 @@ class Mixers(nn.Module):
     x_BxLxD, out, new, aux = only_real(x_BxLxD, flow.mask_BxL), [], {}, {}
     given = {**vars(flow), 'stream_BxLxD': only_real(stream_BxLxD, flow.mask_BxL), 'collect': collect}
     for number, name in enumerate(names):
-      memory = make_memory(c.mixers[name], c.width, dtype=dtype, std=c.block.init_std, grafted=name in c.grafted, name=name)
+      memory = make_memory(c.mixers[name], c.width, dtype=dtype, std=c.block.init_std, out_std=c.block.mixer_out_std,
+                           grafted=name in c.grafted, name=name)
       y_BxLxE, new[name], aux[name] = memory.mix(x_BxLxD, states[name], key=fold(key, number), prepared=prepared.get(name), **given)
       out.append((memory.readout(x_BxLxD, y_BxLxE), y_BxLxE))
     if not self.gated: return sum(y for y, _ in out[1:]) + out[0][0] if len(out) > 1 else out[0][0], new, aux
@@ -107,6 +108,6 @@ class Layer(nn.Module):
       x_BxLxD = residual(x_BxLxD, mixers, f'norm_mixer{suffix}', branch_dropout(c, names), fold(own, 1))
     if c.hidden >= 0:
       mlp = MLP(hidden_width(c.width, c.hidden, block.activation), block.activation, block.bias, block.dropout if not pre else 0.0,
-                block.init_std, dtype, name='mlp')
+                block.init_std, dtype, block.mlp_out_std, name='mlp')
       x_BxLxD = residual(x_BxLxD, lambda x: mlp(x, key=fold(key, 2)), 'norm_mlp', block.dropout, fold(key, 3))
     return x_BxLxD, new, aux

@@ -38,7 +38,8 @@ def schedule(group: GroupConfig, steps: int) -> Callable[[jax.Array], jax.Array]
 
   Warm-up rises linearly, (count + 1) / warmup, so that the first update is not lost. Then, with p going from 0 to 1
   over the rest: cosine end + (1 - end) (1 + cos pi p) / 2, linear 1 - (1 - end) p, constant 1, wsd (Hu et al. 2024) 1,
-  falling linearly to end over the last `decay_share` of all steps.
+  falling to end over the last `decay_share` of all steps, 1 - (1 - end) f(p) with f = p, the cosine's (1 - cos pi p) / 2,
+  or sqrt p (Haegele et al. 2024).
   """
   warmup, last = group.warmup, max(steps - 1, 1)
   def rate(count):
@@ -47,7 +48,8 @@ def schedule(group: GroupConfig, steps: int) -> Callable[[jax.Array], jax.Array]
     if group.schedule == 'wsd':
       span = max(group.decay_share * steps, 1.0)
       p = jnp.clip((count - (last - span)) / span, 0.0, 1.0)
-    fall = 0.5 * (1.0 - jnp.cos(jnp.pi * p)) if group.schedule == 'cosine' else p
+    shape = group.decay_shape if group.schedule == 'wsd' else group.schedule
+    fall = 0.5 * (1.0 - jnp.cos(jnp.pi * p)) if shape == 'cosine' else jnp.sqrt(p) if shape == 'one_minus_sqrt' else p
     share = jnp.ones(()) if group.schedule == 'constant' else 1.0 - (1.0 - group.end) * fall
     return group.rate * share * jnp.minimum(1.0, (count + 1.0) / max(warmup, 1))
   return rate

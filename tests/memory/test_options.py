@@ -24,6 +24,7 @@ TIERS = {'tiers.kind': 'consolidate', 'tiers.interval': 4}
 HARD = {**TIERS, 'tiers.hard': True}
 HRR, UNITARY, SLOT = {'binding.kind': 'hrr'}, {'binding.kind': 'unitary'}, {'keep.kind': 'slot'}
 RANDOM, FRACTIONAL = {'binding.position': 'random'}, {'binding.position': 'fractional'}
+GELU = {'block.activation': 'gelu'}
 CONTRAST = {'loss.contrastive': 1.0}
 
 # (field, value, what it changes, the rest of the config where the field applies)
@@ -81,7 +82,9 @@ DECODER = [
     ('grafted', ('near',), 'start', {}), ('dtype', 'bfloat16', 'output', {}), ('dtype', 'float64', 'float64', {}),
     ('block.norm', 'layernorm', 'shape', {}), ('block.placement', 'post', 'output', {}), ('block.activation', 'gelu', 'shape', {}),
     ('block.bias', True, 'shape', {}), ('block.norm_epsilon', 0.5, 'output', {}), ('block.dropout', 0.5, 'output', {}),
-    ('block.init_std', 0.5, 'start', {}),
+    ('block.init_std', 0.5, 'start', {}), ('block.mixer_out_std', 0.5, 'start', {}), ('block.mlp_out_std', 0.5, 'start', {}),
+    ('block.activation', 'silu', 'output', GELU), ('block.activation', 'relu', 'output', GELU),
+    ('block.activation', 'sigmoid', 'output', GELU), ('block.activation', 'tanh', 'output', GELU),
     ('embedding.tie', False, 'shape', {}), ('embedding.position', 'learned', 'shape', {'embedding.max_position': 8}),
     ('embedding.max_position', 9, 'shape', {'embedding.position': 'learned'}), ('embedding.std', 0.5, 'start', {}),
 ]

@@ -89,7 +89,9 @@ def test_stacked_vectors_do_not_decay():
     (GroupConfig(rate=2.0, warmup=10), {0: 0.2, 9: 2.0, 10: 2.0, 55: 1.0841, 99: 0.2, 500: 0.2}),
     (GroupConfig(rate=1.0, schedule='linear', end=0.0), {0: 1.0, 50: 1 - 50 / 99, 99: 0.0}),
     (GroupConfig(rate=1.0, schedule='constant', warmup=4), {0: 0.25, 1: 0.5, 3: 1.0, 99: 1.0}),
-    (GroupConfig(rate=1.0, schedule='wsd', end=0.0, warmup=2), {0: 0.5, 50: 1.0, 79: 1.0, 89: 0.5, 99: 0.0})])
+    (GroupConfig(rate=1.0, schedule='wsd', end=0.0, warmup=2), {0: 0.5, 50: 1.0, 79: 1.0, 89: 0.5, 99: 0.0}),
+    (GroupConfig(rate=1.0, schedule='wsd', decay_shape='cosine'), {79: 1.0, 84: 0.8682, 89: 0.55, 94: 0.2318, 99: 0.1}),
+    (GroupConfig(rate=1.0, schedule='wsd', end=0.0, decay_shape='one_minus_sqrt'), {79: 1.0, 84: 0.5, 94: 0.1340, 99: 0.0})])
 def test_schedules(group, points):
   rate = optim.schedule(group, 100)
   for count, value in points.items(): assert float(rate(count)) == pytest.approx(value, abs=1e-4), count
