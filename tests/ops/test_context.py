@@ -229,7 +229,7 @@ def test_empty_clusters_are_seeded_and_equal_slots_share_one():
   config = ContextConfig(slots=4, clusters=3, top_k=1, iterations=1)
   points = np.float32([[0, 0], [0, 1], [9, 0], [9, 1]])
   full = dataclasses.replace(append_all(config, points, jnp.float32), assign=jnp.int32([1, 1, 1, 3]),
-                             centroids=jnp.float32([[0, 0], [9, 9], [8, 2]]))
+                             centroids=jnp.float32([[0, 0], [9, 0.4], [8, 2]]))
   moved = quick(ops.lloyd_step)(full)                                 # cluster 2 had no slots: its centroid attracts none
   assert moved.assign.tolist() == [1, 1, 2, 3]                        # slot 2 was the farthest from its centroid
   np.testing.assert_array_equal(moved.centroids, [[0, 0.5], [9, 0], [9, 1]])
