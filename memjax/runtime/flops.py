@@ -1,15 +1,22 @@
 """What a model costs before it is run: floating point operations, parameters by group, bytes of state."""
+import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jax.interpreters.partial_eval import dce_jaxpr
 
-from memjax.config.schema import Config
-from memjax.models.decoder import param_shapes
+from memjax.config.banks import BankFormConfig
+from memjax.config.schema import Config, ModelConfig
+from memjax.memory.registry import make_memory
+from memjax.models.block import compute_dtype
+from memjax.models.decoder import build_decoder, param_shapes
 from memjax.runtime import optim
+from memjax.runtime.footprint import bank_footprint, bank_layers, unshared
 from memjax.runtime.state import make_gradient, make_init
 from memjax.runtime.tree import nbytes
 
@@ -24,13 +31,24 @@ REDUCE = frozenset((
 def count_flops(function: Callable, *args: Any) -> int:
   """Operations of one call of `function`, from its jaxpr alone (arguments may be shapes; nothing is compiled or run).
 
-  Multiply-add = 2. A scan counts its length times, a `cond` its dearest branch, a `while` (unknown length) once.
+  Multiply-add = 2. A scan counts its length times, a `cond` its dearest branch, a `while` (unknown length) once. As in a
+  compiled program, what does not reach the results counts nothing and what is computed twice from the same values counts once.
   """
-  return _count(jax.make_jaxpr(function)(*args).jaxpr)
+  jaxpr = jax.make_jaxpr(function)(*args).jaxpr
+  return _count(dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])
 
 
 def _count(jaxpr: Jaxpr) -> int:
-  return sum(_operations(eqn) for eqn in jaxpr.eqns)
+  """The operations of a program; an equation whose operands and parameters are those of an earlier one is that one."""
+  same, seen, total = {}, {}, 0
+  for eqn in jaxpr.eqns:
+    operands = tuple((str(x.aval), str(x.val)) if isinstance(x, Literal) else same.get(x, x) for x in eqn.invars)
+    try:
+      first = None if eqn.effects else seen.setdefault((eqn.primitive, operands, tuple(sorted(eqn.params.items()))), eqn)
+    except TypeError: first = None                     # parameters that cannot be compared
+    if first is None or first is eqn: total += _operations(eqn)
+    else: same |= zip(eqn.outvars, (same.get(x, x) for x in first.outvars), strict=True)
+  return total
 
 
 def _operations(eqn: Any) -> int:
@@ -55,8 +73,21 @@ def _inner(params: dict[str, Any]) -> list[Jaxpr]:
   return [v.jaxpr if isinstance(v, ClosedJaxpr) else v for v in values if isinstance(v, ClosedJaxpr | Jaxpr)]
 
 
+def countable(config: ModelConfig) -> ModelConfig:
+  """The config with routed attention in the form whose operations can be read off: keys and values gathered for each token.
+
+  The products are those of tiles, capacity and cudnn, which loop over as many tiles as the tokens need; what these compute
+  again in their backward pass, and their padding, is not counted. The form scan, which reads all chapters, stays.
+  """
+  def one(mixer):
+    if mixer.kind != 'bank' or mixer.form.kind == 'scan': return mixer
+    return dataclasses.replace(mixer, form=BankFormConfig(kind='gather', token_chunk=1 << 40, axis=mixer.form.axis))
+  return dataclasses.replace(config, mixers={name: one(mixer) for name, mixer in config.mixers.items()})
+
+
 def forward_flops(model: Any, length: int) -> float:
-  """Operations a token of one call of `length` tokens from an empty memory."""
+  """Operations a token of one call of `length` tokens from an empty memory; banks as `countable` says."""
+  model = build_decoder(countable(model.config))
   row = jax.ShapeDtypeStruct((1, length), jnp.int32)
   def call(params, token_BxL, position_BxL):
     return model.apply({'params': params}, token_BxL, model.init_state(1), position_BxL=position_BxL)[0]
@@ -64,20 +95,51 @@ def forward_flops(model: Any, length: int) -> float:
 
 
 def training_flops(model: Any, optimizer: optim.Optimizer, config: Config) -> float:
-  """Operations a token of the gradient as it is trained: segments, micro-batches and recomputation included."""
+  """Operations a token of the gradient as it is trained: segments, micro-batches and recomputation included; banks as
+  `countable` says."""
+  model = build_decoder(countable(model.config))
   shape = (config.training.batch, config.training.length)
   batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in ('token', 'target', 'position')}
   batch['weight'] = jax.ShapeDtypeStruct(shape, jnp.bool_)
   state = jax.eval_shape(make_init(model, optimizer, config))
   gradient = make_gradient(model, optimizer, config)
-  call = lambda params, memory, batch: gradient(params, memory, batch, jax.random.key(0))[0]
+  call = lambda params, memory, batch: gradient(params, memory, batch, jax.random.key(0))
   return count_flops(call, state.params, state.memory, batch) / math.prod(shape)
+
+
+def bank_flops(model: Any, length: int) -> dict[str, dict[str, float]]:
+  """{mixer: {'token', 'call'}} of one layer of each bank: operations a token in a call of `length` tokens (projections, router
+  and routed attention, as `countable` says), and operations a call, of keys and values alone."""
+  config, found = countable(model.config), {}
+  for name in bank_layers(config):
+    memory = make_memory(unshared(config.mixers[name]), config.width, dtype=compute_dtype(config), parent=None)
+    x_BxLxD = jax.ShapeDtypeStruct((1, length, config.width), memory.dtype)
+    def call(params, x_BxLxD, prepared, memory=memory):
+      return memory.apply(params, x_BxLxD, memory.init_state(1), position_BxL=jnp.arange(length)[None], prepared=prepared)[0]
+    def init(x_BxLxD, memory=memory):
+      return memory.init(jax.random.key(0), x_BxLxD, memory.init_state(1), position_BxL=jnp.arange(length)[None])
+    prepare = functools.partial(memory.apply, method='prepare')
+    params = jax.eval_shape(init, x_BxLxD)
+    prepared = jax.eval_shape(prepare, params)
+    found[name] = {'token': count_flops(call, params, x_BxLxD, prepared) / length, 'call': count_flops(prepare, params)}
+  return found
 
 
 def state_bytes(model: Any, tokens: int) -> tuple[int, int]:
   """Bytes of memory state a row: (that do not grow with the text, that hold `tokens` tokens of full attention)."""
   fixed, grown = (nbytes(jax.eval_shape(lambda n=n: model.init_state(1, n))) for n in (0, tokens))
   return fixed, grown - fixed
+
+
+def bank_facts(model: Any) -> dict[str, str]:
+  """The lines of `--dry_run` about banks; none for a model without."""
+  found = bank_footprint(model)
+  if not found: return {}
+  size = ', '.join(f'{found["bytes"][name]:,} {name}' for name in ('float32', 'bfloat16', 'int8', 'int4') if name in found['bytes'])
+  tables, layers = (sum(part[key] for part in found[name].values()) for name, key in (('tables', 'copies'), ('layers', 'layers')))
+  return {'bank entries': f'{found["entries"]:,} in {tables} {"table" if tables == 1 else "tables"}',
+          'entries read a token': f'{found["active_entries"]:,} in {layers} {"layer" if layers == 1 else "layers"}',
+          'bank bytes': size, 'bank keys and values': f'{found["prepared_bytes"]:,} bytes, computed once a call'}
 
 
 def cost_table(model: Any, optimizer: optim.Optimizer, config: Config) -> str:
@@ -95,5 +157,5 @@ def cost_table(model: Any, optimizer: optim.Optimizer, config: Config) -> str:
            'state bytes a row': f'{fixed:,}' + (f' + {grown:,} for {config.training.length} tokens of attention' if grown else ''),
            'FLOPs a token, forward': f'{forward_flops(model, config.training.length):,.0f}',
            'FLOPs a token, training': f'{training_flops(model, optimizer, config):,.0f}',
-           'tokens a step': f'{config.training.batch * config.training.length:,}'}
+           'tokens a step': f'{config.training.batch * config.training.length:,}'} | bank_facts(model)
   return '\n'.join(table + [f'{name + ":":26}{value}' for name, value in facts.items()])
