@@ -13,6 +13,7 @@ from memjax.memory.base import Memory, both, real_resets, where_rows
 from memjax.memory.router import Router
 from memjax.memory.table import EntryTable, Table, as_float
 from memjax.ops import router as ops
+from memjax.ops.entry_mass import entry_mass
 from memjax.ops.quantize import Quantized, quantize
 from memjax.ops.routed_attention import routed_attend
 from memjax.ops.routed_legacy import attend_scaled_entries
@@ -263,13 +264,20 @@ class Bank(Memory):
     logit_ZxP = self.router(u_BxLxD.reshape(B * L, -1))
     return logit_ZxP, self._select(logit_ZxP, real_Z)[0], real_Z
 
-  def statistics(self, state, inputs, y_BxLxE, *, mask_BxL=None, write_mask_BxL=None, reset_BxL=None, **context):
-    """Chapter use and router entropies, for the figures."""
-    found = super().statistics(state, inputs, y_BxLxE)
-    if not self.config.shape.chapters: return found
-    logit_ZxP, ids_ZxJ, real_Z = self._routes(state, inputs, mask_BxL, write_mask_BxL=write_mask_BxL, reset_BxL=reset_BxL)
-    return found | {'chapter_use_P': chapter_counts(ids_ZxJ, real_Z, self.config.shape.chapters),
-                    'router_probability_P': jnp.mean(jax.nn.softmax(logit_ZxP, -1), 0)}
+  def statistics(self, state, inputs, y_BxLxE, *, mask_BxL=None, write_mask_BxL=None, reset_BxL=None, prepared=None, **context):
+    """Attention by entry, use of the chapters and the router's monitors of this layer, for the figures."""
+    c, found, q_BxLxHxK = self.config, super().statistics(state, inputs, y_BxLxE), inputs.q_BxLxHxK
+    if c.shape.chapters:
+      logit_ZxP, ids_ZxJ, real_Z = self._routes(state, inputs, mask_BxL, write_mask_BxL=write_mask_BxL, reset_BxL=reset_BxL)
+      found |= {'chapter_use_P': chapter_counts(ids_ZxJ, real_Z, c.shape.chapters)}
+      found |= router_monitors(logit_ZxP, ids_ZxJ, real_Z, shared=c.mixing.shared)
+      log_weight_ZxJ = self._select(logit_ZxP, real_Z)[1]
+    else:
+      ids_ZxJ, log_weight_ZxJ = self._choose(y_BxLxE.reshape(-1, y_BxLxE.shape[-1]), None)
+      if mask_BxL is not None: ids_ZxJ = jnp.where(mask_BxL.reshape(-1, 1), ids_ZxJ, -1)
+    mass_PxT = entry_mass(q_BxLxHxK.reshape(-1, *q_BxLxHxK.shape[2:]), (prepared or self.prepare()).k_PxTxGxK, ids_ZxJ,
+                          log_weight_ZxJ=log_weight_ZxJ, mode=c.mixing.combine, shared=c.mixing.shared, routed_scale=c.mixing.scale)
+    return found | {'entry_mass_M': mass_PxT.reshape(-1)}
 
   def readout(self, x_BxLxD: jax.Array, y_BxLxE: jax.Array) -> jax.Array:
     """Output projection."""

@@ -81,11 +81,15 @@ class ProductKey(Memory):
     y_BxLxE = self._look(flat, self.prepare() if prepared is None else prepared).reshape(B, L, -1)
     return state, y_BxLxE if mask_BxL is None else jnp.where(mask_BxL[..., None], y_BxLxE, 0)
 
-  def statistics(self, state, inputs, y_BxLxE, **context):
-    """Use of the values over the call, for the figures."""
-    ids_ZxHxJ, _ = self._search(inputs.q_BxLxHxK.reshape(-1, self.config.heads, self.config.key_width))
-    use_P = jnp.bincount(ids_ZxHxJ.ravel(), length=self.config.keys ** 2).astype(jnp.float32)
-    return super().statistics(state, inputs, y_BxLxE, **context) | {'chapter_use_P': use_P}
+  def statistics(self, state, inputs, y_BxLxE, *, mask_BxL=None, **context):
+    """How often each value was read, and its share of the reads' weights (mean of the tokens and heads; the sum is 1)."""
+    ids_ZxHxJ, score_ZxHxJ = self._search(inputs.q_BxLxHxK.reshape(-1, self.config.heads, self.config.key_width))
+    real_Z = jnp.ones(len(ids_ZxHxJ), bool) if mask_BxL is None else mask_BxL.reshape(-1)
+    weight_ZxHxJ = jax.nn.softmax(score_ZxHxJ, -1) * real_Z[:, None, None]
+    add = lambda x_ZxHxJ: jnp.zeros(self.config.keys ** 2, jnp.float32).at[ids_ZxHxJ.ravel()].add(x_ZxHxJ.ravel().astype(jnp.float32))
+    return super().statistics(state, inputs, y_BxLxE) | {
+        'value_use_M': add(jnp.broadcast_to(real_Z[:, None, None], ids_ZxHxJ.shape)),
+        'entry_mass_M': add(weight_ZxHxJ) / jnp.maximum(jnp.sum(real_Z) * self.config.heads, 1)}
 
   def readout(self, x_BxLxD: jax.Array, y_BxLxE: jax.Array) -> jax.Array:
     """Output projection."""
