@@ -29,7 +29,7 @@ from memjax.config.schema import BlockConfig, Config, GroupConfig, ModelConfig, 
 from tests.test_bad_input import BASE, FLAGS
 
 ROOT = Path(__file__).parent.parent
-SHIPPED = sorted(path for path in (ROOT / 'configs').glob('*.py') if path.stem != 'saved')
+SHIPPED = sorted(path for path in (ROOT / 'configs').glob('*.py') if path.stem not in ('saved', 'from_file'))
 EVERY_KIND = Config(model=ModelConfig(width=64, mixers={kind: cls(key_width=64) if kind == 'holographic_seed' else cls()
                                                          for kind, cls in MIXERS.items()}))
 MEM, ADDRESS, KEEP = 'model.mixers.mem.', 'model.mixers.mem.address.', 'model.mixers.mem.keep.'

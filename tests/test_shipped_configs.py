@@ -10,7 +10,7 @@ from memjax.config.flags import load
 from memjax.models.decoder import build_decoder, param_shapes
 from tests import golden
 
-NAMES = sorted(path.stem for path in golden.CONFIGS.glob('*.py') if path.stem != 'saved')
+NAMES = sorted(path.stem for path in golden.CONFIGS.glob('*.py') if path.stem not in ('saved', 'from_file'))
 WORDS = 33_278                                                                    # of WikiText-2, <eos> and <unk> included
 
 
@@ -25,7 +25,7 @@ def full_size(name):
   return load(golden.CONFIGS / f'{name}.py', f'model.vocabulary={size}')
 
 
-LONG = ('hamt_seed', 'wikitext2')      # their golden values are compared by `make test-slow`
+LONG = ('hamt_seed', 'mat_small', 'moc_371m', 'vanilla_control', 'wikitext2')      # their golden values are compared by `make test-slow`
 
 
 @pytest.mark.parametrize('name', NAMES)

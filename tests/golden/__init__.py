@@ -23,6 +23,10 @@ CONFIGS = FOLDER.parent.parent / 'configs'
 STEPS, TOKENS, PROMPT = 3, 16, 'ROMEO:'
 ROWS = ('training.batch=2', 'training.length=64')
 SMALL = (*ROWS, 'model.width=32', 'model.hidden=48', 'model.repeats=1')
+FAST = lambda *groups: tuple(f'optimizer.groups.{group}.{field}' for group in groups for field in ('rate=1e-2', 'warmup=2'))
+PLAIN = (*SMALL, 'model.mixers.attention.heads=4', 'model.vocabulary=256', 'model.dtype=float32', 'training.accumulate=1',
+         'data.tokenizer.kind=bytes', 'data.tokenizer.size=0', *FAST('base'))
+BANK = (*PLAIN, 'model.mixers.bank.heads=4', 'model.mixers.bank.shape.entries=64', *FAST('memory', 'memory_bank'))
 # What differs from the shipped config, so that it takes seconds and needs no text but the bundled one.
 OVERRIDES = {
     'tiny': ROWS,
@@ -30,6 +34,11 @@ OVERRIDES = {
     'hamt_small': (*SMALL, 'evaluation.length=512'),
     'attention_small': (*SMALL, 'evaluation.length=512'),
     'hamt_seed': (*SMALL, 'model.vocabulary=256', 'model.mixers.seed.key_width=48'),
+    'mat_tiny': ROWS,
+    'mat_small': BANK,
+    'vanilla_control': PLAIN,
+    'moc_371m': (*BANK, 'model.mixers.attention.kv_heads=2', 'model.mixers.bank.kv_heads=4', 'model.mixers.bank.shape.entries=68',
+                 'model.mixers.bank.shape.chapters=17', 'model.mixers.bank.router.top_k=4'),
     'wikitext2': (*SMALL, 'data.source=shakespeare', 'data.hub=', 'data.separator=\n\n\n', 'data.tokenizer.kind=bytes'),
 }
 
