@@ -56,7 +56,8 @@ class EntryTable(nn.Module):
     how = dict(bits=q.bits, scheme=q.scheme, group=q.group)
     if not q.train:
       made = quantize(init(self.make_rng('params'), shape), **how) if self.is_initializing() else None
-      part = lambda part: self.param(f'{name}_{part}', partitioned(lambda key: getattr(made or quantize(init(key, shape), **how), part), axes))
+      start = lambda key, part: getattr(made or quantize(init(key, shape), **how), part)
+      part = lambda part: self.param(f'{name}_{part}', partitioned(start, axes), part)
       return Quantized(part('codes'), part('scale'), width=shape[-1], **how)
     x = self.param(name, partitioned(init, axes), shape)
     if q.train == 'straight': return fake_quantize(x, **how)
