@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from memjax.runtime.analysis import lines, text
+from memjax.runtime.analysis import bank_figures, lines, text
 from memjax.runtime.analysis.lines import addressed, slotted, title_of
 
 STYLE = {'font.size': 10, 'axes.titlesize': 11, 'axes.titleweight': 'bold', 'axes.titlelocation': 'left',
@@ -14,6 +14,8 @@ STYLE = {'font.size': 10, 'axes.titlesize': 11, 'axes.titleweight': 'bold', 'axe
          'legend.frameon': False, 'legend.fontsize': 9, 'lines.linewidth': 1.8, 'figure.facecolor': 'white',
          'axes.prop_cycle': None, 'axes.axisbelow': True}
 NO_SLOTS = 'no layer of this model has memory slots'
+IN_PIECES = 'the router of this model sees the future: it cannot be read in pieces'
+NO_CHAPTERS = 'no bank of this model has chapters'
 NO_KEYS = 'no layer of this model reports the keys and addresses of its items'
 
 
@@ -86,8 +88,16 @@ def draw_memory_analysis(figure: Any, report: dict) -> None:
   for part, name in zip(parts.ravel(), names, strict=True): FIGURES[name].draw(part, report)
 
 
+def _banks(report: dict) -> int:
+  return len(bank_figures.layers_of(report))
+
+
 def _rows(report: dict) -> int:
   return sum(layer['heads'] for layer in slotted(report))
+
+
+def _no_slots(has: Callable[[dict], Any]) -> Callable[[dict], str]:
+  return lambda report: '' if has(report) else NO_SLOTS if report['in_pieces'] else IN_PIECES
 
 
 def _unless(has: Callable[[dict], Any], reason: str) -> Callable[[dict], str]:
@@ -99,18 +109,32 @@ def _wide(report: dict) -> tuple[float, float]:
 
 
 FIGURES = {
-    'state_norms': Kind(draw_state_norms, lambda r: (8, min(max(2.8, 1 + 0.25 * _rows(r)), 8)), _unless(slotted, NO_SLOTS)),
-    'slot_use': Kind(draw_slot_use, _wide, _unless(addressed, NO_SLOTS)),
+    'state_norms': Kind(draw_state_norms, lambda r: (8, min(max(2.8, 1 + 0.25 * _rows(r)), 8)), _no_slots(slotted)),
+    'slot_use': Kind(draw_slot_use, _wide, _no_slots(addressed)),
     'predictions': Kind(text.draw_predictions, text.size_of, _unless(lambda r: r['predictions']['target'], 'the text is empty')),
     'layer_norms': Kind(draw_layer_norms, lambda r: (9, 3.8), lambda r: ''),
     'cost': Kind(lines.draw_cost, lambda r: (12, 4), _unless(lambda r: r.get('cost'), 'not measured')),
     'capacity': Kind(lines.draw_capacity, lambda r: (3.2 + 3.2 * min(len(r['capacity']), 3), 4),
                      _unless(lambda r: r.get('capacity'), NO_KEYS)),
-    'memory_over_time': Kind(lines.draw_memory_over_time, lambda r: (3.6 * min(len(slotted(r)), 4) + 1.2, 6.2), _unless(slotted, NO_SLOTS)),
-    'effective_slots': Kind(lines.draw_effective_slots, lambda r: (9, 3.8), _unless(addressed, NO_SLOTS)),
+    'memory_over_time': Kind(lines.draw_memory_over_time, lambda r: (3.6 * min(len(slotted(r)), 4) + 1.2, 6.2), _no_slots(slotted)),
+    'effective_slots': Kind(lines.draw_effective_slots, lambda r: (9, 3.8), _no_slots(addressed)),
     'loss_curve': Kind(lines.draw_loss_curve, lambda r: (8, 4.2),
                        _unless(lambda r: r['training']['loss']['value'], 'metrics.jsonl holds no loss')),
-    'memory_analysis': Kind(draw_memory_analysis, lambda r: (18, 11), _unless(addressed, NO_SLOTS)),
+    'memory_analysis': Kind(draw_memory_analysis, lambda r: (18, 11), _no_slots(addressed)),
+}
+
+BANK_FIGURES = {
+    'chapter_use': Kind(bank_figures.draw_chapter_use,
+                        lambda r: (12 if bank_figures.routed(r) and bank_figures.with_values(r) else 9, 1.9 + 0.42 * max(_banks(r), 4)),
+                        _unless(lambda r: bank_figures.routed(r) or bank_figures.with_values(r), NO_CHAPTERS)),
+    'router_entropy': Kind(bank_figures.draw_router_entropy, lambda r: (12.5, 3.9),
+                           lambda r: '' if r['training']['router'] and bank_figures.routed(r) else
+                           'metrics.jsonl holds no router' if bank_figures.routed(r) else NO_CHAPTERS),
+    'entry_attention': Kind(bank_figures.draw_entry_attention, lambda r: (10.5, 2.4 + 0.42 * max(_banks(r), 4)), lambda r: ''),
+    'nearest_tokens': Kind(bank_figures.draw_nearest_tokens, lambda r: (1.2 + 4.6 * len(bank_figures.named_entries(r)), 4),
+                           _unless(bank_figures.named_entries, 'every output projection is still zero')),
+    'chapter_similarity': Kind(bank_figures.draw_chapter_similarity, lambda r: (1.2 + 4.4 * min(len(r['banks']['similarity']), 3), 4.6),
+                               _unless(lambda r: r['banks']['similarity'], NO_CHAPTERS)),
 }
 
 
@@ -124,13 +148,13 @@ def has_plot() -> bool:
 
 
 def draw(report: dict, folder: pathlib.Path) -> tuple[dict[str, str], dict[str, str]]:
-  """({figure: file}, {figure left out: reason}); the files are PNG in the folder."""
+  """({figure: file}, {figure left out: reason}); the files are PNG in the folder. Figures of banks are for models with banks."""
   from cycler import cycler
   from matplotlib import rc_context
   from matplotlib.figure import Figure
   drawn, skipped = {}, {}
   with rc_context({**STYLE, 'axes.prop_cycle': cycler(color=lines.COLOURS)}):
-    for name, kind in FIGURES.items():
+    for name, kind in (FIGURES | (BANK_FIGURES if report['banks'] else {})).items():
       if reason := kind.reason(report):
         skipped[name] = reason
         continue

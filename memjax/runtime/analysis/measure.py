@@ -7,13 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from memjax.config.banks import sees_future
 from memjax.config.mixers import AttentionConfig
 from memjax.config.schema import Config, mixer_names
 from memjax.memory.registry import make_memory
 from memjax.models.block import compute_dtype
 from memjax.ops.binding import bind, key_map, unbind
 from memjax.ops.holographic import recall_probability
-from memjax.runtime.analysis.observe import round_list
+from memjax.runtime.analysis.plain import round_list
+from memjax.runtime.footprint import unshared
 from memjax.runtime.tree import nbytes
 
 ITEMS = 512            # codebook of the capacity measurement
@@ -24,8 +26,8 @@ def measure_cost(config: Config, lengths: list[int], *, rows: int = 1) -> dict[s
   """{'lengths', 'rows', 'device', 'width', 'memories': {name: {'kind', 'ms', 'temporary_bytes', 'state_bytes'}}}.
 
   One layer (projections included) of each memory of the model, and of full attention with as many heads, at each
-  length: median milliseconds of forward and the gradient of all parameters and inputs; bytes of temporaries that this
-  needs; bytes of the state that decoding carries for a row of that length.
+  length: median milliseconds of forward and the gradient of all inputs and parameters (not of integers); bytes of temporaries
+  that this needs; bytes of the state that decoding carries for a row of that length. A shared table counts as the layer's own.
   """
   model = config.model
   named = {name for layer in model.layers for name in mixer_names(layer)}
@@ -36,7 +38,7 @@ def measure_cost(config: Config, lengths: list[int], *, rows: int = 1) -> dict[s
     used['full attention'] = AttentionConfig(heads=count, rotary=(model.width // count) % 2 == 0)
   result = {'lengths': lengths, 'rows': rows, 'device': jax.devices()[0].device_kind, 'width': model.width, 'memories': {}}
   for name, mixer in used.items():
-    memory = make_memory(mixer, model.width, dtype=compute_dtype(model), parent=None)
+    memory = make_memory(unshared(mixer), model.width, dtype=compute_dtype(model), parent=None)
     columns = _costs_of(memory, lengths, rows)
     result['memories'][name] = {'kind': mixer.kind, **{key: [column[key] for column in columns] for key in columns[0]}}
   return result
@@ -46,14 +48,16 @@ def _costs_of(memory: Any, lengths: list[int], rows: int) -> list[dict[str, floa
   def text(length):
     x_BxLxD = jax.random.normal(jax.random.key(0), (rows, length, memory.width), memory.dtype)
     return x_BxLxD, jnp.broadcast_to(jnp.arange(length)[None], (rows, length))
-  def loss(params, x_BxLxD, position_BxL):
-    y_BxLxD = memory.apply(params, x_BxLxD, memory.init_state(rows), position_BxL=position_BxL)[0]
+  def loss(learned, x_BxLxD, position_BxL):
+    leaves = [learned.get(n, leaf) for n, leaf in enumerate(fixed)]
+    y_BxLxD = memory.apply(jax.tree.unflatten(tree, leaves), x_BxLxD, memory.init_state(rows), position_BxL=position_BxL)[0]
     return jnp.sum(y_BxLxD.astype(jnp.float32) ** 2)
   def init(key, x_BxLxD, position_BxL): return memory.init(key, x_BxLxD, memory.init_state(rows), position_BxL=position_BxL)
-  params, columns = jax.jit(init)(jax.random.key(1), *text(lengths[0])), []
+  fixed, tree = jax.tree.flatten(jax.jit(init)(jax.random.key(1), *text(lengths[0])))
+  params, columns = {n: leaf for n, leaf in enumerate(fixed) if jnp.issubdtype(leaf.dtype, jnp.floating)}, []
   for length in lengths:
     call = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(params, *text(length)).compile()
-    state = jax.eval_shape(lambda length=length: memory.init_state(1, length))
+    state = jax.eval_shape(lambda length=length: memory.init_state(1, 0 if sees_future(memory.config) else length))
     columns.append({'ms': median_ms(call, params, *text(length)), 'state_bytes': nbytes(state),
                     'temporary_bytes': int(getattr(call.memory_analysis(), 'temp_size_in_bytes', 0))})
   return columns

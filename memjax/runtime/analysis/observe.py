@@ -12,7 +12,9 @@ from memjax.data.pipeline import eval_batches
 from memjax.data.tokens import Tokens
 from memjax.ops.binding import unbind
 from memjax.ops.holographic import effective_slots
-from memjax.runtime.reading import Run
+from memjax.runtime.analysis.banks import report_banks
+from memjax.runtime.analysis.plain import round_list
+from memjax.runtime.reading import Run, run_tags
 
 MOMENTS = 64           # points in time at which the state is looked at
 SHOWN = 64             # tokens of the figure of predictions
@@ -47,12 +49,6 @@ def list_places(config: ModelConfig) -> list[Place]:
           for number, (part, layer, repeat, name) in enumerate(layers) for mixer in mixer_names(name)]
 
 
-def round_list(x: Any, digits: int = 5) -> Any:
-  """Nested lists of numbers with so many significant digits: small and readable in JSON."""
-  x = np.asarray(x, np.float64)
-  return np.vectorize(lambda v: float(f'{v:.{digits}g}'), otypes=[float])(x).tolist() if x.size else x.tolist()
-
-
 def slot_norms(state: Any) -> jax.Array | None:
   """Norms of the slots of a state, [B, H, S]; None for a memory without slots."""
   m = getattr(state, 'm_BxHxSxK', None)
@@ -64,27 +60,30 @@ def observe(found: Run, tokens: Tokens, *, rows: int, length: int) -> tuple[dict
   """(report, {place label: arrays of its trained keys, values and addresses}) of `rows` pieces of a text.
 
   The report holds for each memory the norms of its slots in the end and over time, their use, effective slots, horizon
-  and gate, the sizes of its reads, and how well items are recalled after a delay; and a piece of the predictions.
+  and gate, the sizes of its reads, and how well items are recalled after a delay; what `report_banks` says of banks; and a
+  piece of the predictions. A model whose router sees the future cannot be read in pieces: no slots, 'in_pieces' False.
   """
   length = min(length, max(len(tokens) // rows, 2))
   batch = next(eval_batches(tokens, batch=rows, length=length, stream=True))
   places = list_places(found.model.config)
   call = functools.partial(_call, found.model)
+  in_pieces = not run_tags(found.model.config)
   logits_BxLxA, states, aux = jax.jit(functools.partial(call, collect=True))(
-      found.params, found.model.init_state(rows, length), batch)
-  at, norms = watch(jax.jit(call), found, batch, places)
-  layers, arrays = [], {}
+      found.params, found.model.init_state(rows, length if in_pieces else 0), batch)
+  at, norms = watch(jax.jit(call), found, batch, places) if in_pieces else ([], {})
+  layers, arrays, statistics = [], {}, {place.label: place.statistics_of(aux['layers']) for place in places}
   for place in places:
-    seen = place.statistics_of(aux['layers'])
+    seen = statistics[place.label]
     kind = found.model.config.mixers[place.mixer].kind
     layer = {'label': place.label, 'mixer': place.mixer, 'kind': kind, **read_sizes(seen)}
     if place.label in norms: layer |= slots_of(seen, norms[place.label], at)
-    if 'key_BxLxHxK' in seen and 'address_BxLxHxS' in seen:
+    if in_pieces and 'key_BxLxHxK' in seen and 'address_BxLxHxS' in seen:
       arrays[place.label] = {name: seen[name] for name in ('key_BxLxHxK', 'value_BxLxHxK', 'address_BxLxHxS')}
       layer['replay'] = replay(found.model.config.mixers[place.mixer].binding.kind, arrays[place.label],
                                place.state_of(states).m_BxHxSxK, batch['position'])
     layers.append(layer)
-  report = {'rows': rows, 'length': length, 'corpus': tokens.name, 'split': tokens.split, 'layers': layers,
+  report = {'rows': rows, 'length': length, 'corpus': tokens.name, 'split': tokens.split, 'in_pieces': in_pieces, 'layers': layers,
+            'banks': report_banks(found, places, statistics, int(batch['mask'].sum())),
             'predictions': predictions(found, batch, np.asarray(logits_BxLxA[0]))}
   return report, arrays
 

@@ -7,9 +7,12 @@ from typing import Any
 
 from memjax.config.errors import UserError
 from memjax.data.tokens import Tokens
+from memjax.runtime.analysis.banks import ROUTER
 from memjax.runtime.analysis.figures import draw, has_plot
 from memjax.runtime.analysis.measure import measure_capacity, measure_cost
 from memjax.runtime.analysis.observe import observe
+from memjax.runtime.flops import bank_flops
+from memjax.runtime.footprint import bank_footprint
 from memjax.runtime.metrics import read_rows
 from memjax.runtime.reading import Run
 
@@ -34,6 +37,7 @@ def write_analysis(found: Run, tokens: Tokens, *, rows: int = 4, length: int = 5
   report['capacity'] = {label: measure_capacity(
       found.model.config.mixers[by_label[label]['mixer']].binding.kind, arrays[label],
       effective=sum(by_label[label]['effective_slots']) / by_label[label]['heads']) for label in arrays}
+  if report['banks']: report['banks']['footprint'] = {**bank_footprint(found.model), 'flops': bank_flops(found.model, length)}
   report['cost'] = measure_cost(found.config, list(lengths)) if lengths else {}
   folder = pathlib.Path(found.workdir) / FOLDER
   try:
@@ -47,7 +51,8 @@ def write_analysis(found: Run, tokens: Tokens, *, rows: int = 4, length: int = 5
 
 
 def training_of(found: Run) -> dict[str, Any]:
-  """{'loss', 'eval', 'effective_slots': {'step', 'value'}, 'test', 'guess', 'foreign'} of metrics.jsonl.
+  """{'loss', 'eval', 'effective_slots': {'step', 'value'}, 'router': {monitor: {'step', 'value'}}, 'test', 'guess', 'foreign'} of
+  metrics.jsonl.
 
   Rows of another configuration are counted in 'foreign' and left out: a curve shows one model.
   """
@@ -57,5 +62,6 @@ def training_of(found: Run) -> dict[str, Any]:
     points = [(row['step'], row[key]) for row in own if isinstance(row.get(key), int | float)]
     return {'step': [step for step, _ in points], 'value': [value for _, value in points]}
   tests = series('test/loss')['value']
-  return {'loss': series('loss'), 'eval': series('eval/loss'), 'effective_slots': series('effective_slots'),
+  router = {key: points for key in ROUTER if (points := series(key))['value']}
+  return {'router': router, 'loss': series('loss'), 'eval': series('eval/loss'), 'effective_slots': series('effective_slots'),
           'test': tests[-1] if tests else None, 'guess': math.log(found.model.config.vocabulary), 'foreign': len(rows) - len(own)}
