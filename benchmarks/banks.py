@@ -32,7 +32,7 @@ def bank_config(strategy: str, a: Any) -> BankConfig:
   """The bank of the comparison, read by `top_k` of its chapters."""
   router = RouterConfig(strategy=strategy, top_k=a.top_k, allow_noncausal=strategy == 'sequence')
   shape = BankShapeConfig(entries=a.entries, chapters=a.chapters, share='bank')
-  return BankConfig(heads=a.heads, shape=shape, router=router, loss=BankLossConfig(balance=0.01), form=BankFormConfig(kind='scan'))
+  return BankConfig(heads=a.heads, shape=shape, router=router, loss=BankLossConfig(balance=0.01), form=BankFormConfig(kind='dense'))
 
 
 def model_config(name: str, a: Any, vocabulary: int) -> ModelConfig:
@@ -99,7 +99,8 @@ def report(name: str, config: ModelConfig, run: BankRun, a: Any) -> dict[str, An
 def main(argv: list[str] | None = None) -> dict[str, Any]:
   """Runs, prints and saves the table; returns the result."""
   def more(make):
-    for option, default in dict(entries=2048, chapters=64, top_k=4, every=2).items(): make.add_argument(f'--{option}', type=int, default=default)
+    sizes = dict(entries=2048, chapters=64, top_k=4, every=2)
+    for option, default in sizes.items(): make.add_argument(f'--{option}', type=int, default=default)
     make.set_defaults(models=list(NAMES))
   a, started = language.arguments(argv, more=more, name='banks', description=__doc__), time.perf_counter()
   texts, vocabulary = language.read_texts({s: getattr(a, s) for s in ('train', 'valid', 'test')}, a.tokens, a.length * (a.lanes + 2))
@@ -116,8 +117,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
   for model, config in configs.items():
     rows.append(report(model, config, runs[model], a))
     common.save(name, a.output, result, commit=a.commit)
-  title = (f'{a.name or "Text"}: {a.tokens}, width {a.width}, {a.layers} layers, {a.entries} entries in {a.chapters} chapters, top {a.top_k}, '
-           f'{a.batch} x {a.length} a step, {a.seeds} seeds, {a.dtype}')
+  title = (f'{a.name or "Text"}: {a.tokens}, width {a.width}, {a.layers} layers, {a.entries} entries in {a.chapters} chapters, '
+           f'top {a.top_k}, {a.batch} x {a.length} a step, {a.seeds} seeds, {a.dtype}')
   common.show(title, rows, ('model', 'parameters', 'flops_a_token', 'bits_per_byte', 'causal_bits_per_byte', 'spread', 'perplexity',
                             'causal_perplexity', 'steps', 'train_s', 'tokens_per_second'))
   figure = common.target_path(name, a.output, '.png')

@@ -116,7 +116,7 @@ class BankQuantConfig:
 @config
 class BankFormConfig:
   """How routed attention is computed; every form gives the same result (specification section 5)."""
-  kind: str = option('auto', 'implementation', choices=('auto', 'gather', 'scan', 'tiles', 'capacity', 'cudnn'))
+  kind: str = option('auto', 'implementation', choices=('auto', 'gather', 'scan', 'tiles', 'capacity', 'cudnn', 'dense'))
   block: int = option(0, 'rows of a tile; 0 = automatic', low=0)
   token_chunk: int = option(0, 'tokens computed at a time; 0 = from a limit of bytes', low=0)
   gather_limit_mb: int = option(1024, 'auto gathers keys and values below it', low=0)
@@ -161,6 +161,8 @@ class BankConfig:
     unpaid = mixing.combine == 'joint' or (router.top_k == 1 and router.weight_norm == 'topk')
     refuse(bool(shape.chapters) and unpaid and not (loss.balance or loss.auxiliary or loss.z),
            'the router gets no gradient: use mixing.combine mixture with router.weight_norm=full, or a router loss')
+    refuse(self.form.kind == 'dense' and mixing.combine == 'legacy_scale',
+           "form.kind='dense' does not go with mixing.combine='legacy_scale'")
     refuse(bool(self.form.axis) and not shape.chapters, f'form.axis={self.form.axis!r} splits chapters; shape.chapters is 0')
     refuse(bool(self.form.axis) and mixing.combine == 'legacy_scale', "form.axis does not go with mixing.combine='legacy_scale'")
 

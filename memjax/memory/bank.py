@@ -10,13 +10,12 @@ from memjax.config.banks import NONCAUSAL
 from memjax.config.errors import UserError
 from memjax.layers.linear import Projection
 from memjax.memory.base import Memory, both, real_resets, where_rows
+from memjax.memory.reads import read_chapters
 from memjax.memory.router import Router
-from memjax.memory.table import EntryTable, Table, as_float
+from memjax.memory.table import EntryTable, Table
 from memjax.ops import router as ops
 from memjax.ops.entry_mass import entry_mass
 from memjax.ops.quantize import Quantized, quantize
-from memjax.ops.routed_attention import routed_attend
-from memjax.ops.routed_legacy import attend_scaled_entries
 from memjax.ops.router_losses import chapter_counts, router_losses, router_monitors
 
 
@@ -225,23 +224,7 @@ class Bank(Memory):
 
   def _attend(self, q_ZxHxK, ids_ZxJ, log_weight_ZxJ, prepared: Prepared):
     """y [Z, E]: the chosen (and shared) chapters' reads, combined."""
-    c, k, v = self.config, prepared.k_PxTxGxK, prepared.v_PxTxGxK
-    form = dict(impl=c.form.kind, block=c.form.block)
-    if c.mixing.combine == 'legacy_scale' and c.shape.chapters:
-      y = attend_scaled_entries(q_ZxHxK, k, v, ids_ZxJ, log_weight_ZxJ=log_weight_ZxJ, shared=c.mixing.shared, scale=c.mixing.scale,
-                                **form | {'impl': 'tiles' if form['impl'] == 'auto' else form['impl']})
-      return y.reshape(y.shape[0], -1)
-    options = dict(log_weight_ZxJ=log_weight_ZxJ, mode=c.mixing.combine if c.shape.chapters else 'joint', routed_scale=c.mixing.scale,
-                   shared_kv=self._shared(prepared), token_chunk=c.form.token_chunk, gather_limit=c.form.gather_limit_mb << 20, **form)
-    y = routed_attend(q_ZxHxK, k, v, ids_ZxJ, remat=c.form.remat, **options)
-    return y.reshape(y.shape[0], -1)
-
-  def _shared(self, prepared):
-    """Keys and values [M, G, K] of the chapters that everybody reads, None without."""
-    shared = self.config.mixing.shared
-    if not shared: return None
-    flat = lambda a: as_float(jax.tree.map(lambda x: x[:shared], a), self.dtype).reshape(-1, self.groups, self.head_width)
-    return flat(prepared.k_PxTxGxK), flat(prepared.v_PxTxGxK)
+    return read_chapters(self.config, q_ZxHxK, (ids_ZxJ, log_weight_ZxJ), (prepared.k_PxTxGxK, prepared.v_PxTxGxK))
 
   def aux(self, state, inputs, y_BxLxE, *, mask_BxL=None, write_mask_BxL=None, reset_BxL=None, **context):
     """The router losses (specification section 6), their monitors, and the use of chapters for the selection bias."""
