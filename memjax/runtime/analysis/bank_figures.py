@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from memjax.runtime.analysis import text
-from memjax.runtime.analysis.lines import BLUE, COLOURS, GREEN, GREY, MARKERS, ORANGE, PURPLE, RED, title_of
+from memjax.runtime.analysis.lines import BLUE, COLOURS, GREEN, GREY, MARKERS, ORANGE, PURPLE, title_of
 
 WIDEST = 128           # chapters of a heat map; more are shown as curves over ranks
 ROWS = 6               # entries with their nearest tokens in the figure
@@ -27,8 +27,9 @@ def with_values(report: dict) -> list[dict]:
 
 
 def named_entries(report: dict) -> list[dict]:
-  """Those whose entries have nearest tokens, three at most."""
-  return [layer for layer in layers_of(report) if layer['nearest']['entries']][:3]
+  """Those whose entries have nearest tokens: the first layer of each table, three at most."""
+  first = {layer['table']: layer for layer in reversed(layers_of(report)) if layer['nearest']['entries']}
+  return list(reversed(first.values()))[:3]
 
 
 def _ranked(axes: Any, curves: list[tuple[str, dict]], even: float, label: str) -> None:
@@ -94,11 +95,9 @@ def _chapter_map(figure: Any, axes: Any, layers: list[dict]) -> None:
   for border in range(1, len(layers)): axes.axhline(border - 0.5, color='white', linewidth=2)
   axes.spines[:].set_visible(False)
   axes.set(title='Tokens that read each chapter', xlabel='chapter')
-  bar = figure.colorbar(image, ax=axes, label='share of the tokens', pad=0.02)
-  for even in {layer['top_k'] / (layer['chapters'] - layer['shared']) for layer in layers}:
-    bar.ax.axhline(even, color='white', linewidth=2)
-    bar.ax.annotate('even', (1, even), (3, 0), xycoords=('axes fraction', 'data'), textcoords='offset points', fontsize=7, va='center',
-                    color=RED)
+  even = sorted({layer['top_k'] / (layer['chapters'] - layer['shared']) for layer in layers})
+  bar = figure.colorbar(image, ax=axes, label=f'share of the tokens (white line: even, {", ".join(f"{x:.2g}" for x in even)})', pad=0.02)
+  for share in even: bar.ax.axhline(share, color='white', linewidth=2)
 
 
 def draw_router_entropy(figure: Any, report: dict) -> None:
@@ -116,7 +115,10 @@ def draw_router_entropy(figure: Any, report: dict) -> None:
   ceilings = sorted({layer['chapters'] - layer['shared'] for layer in routed(report)})
   for chapters in ceilings:
     panels[0].axhline(math.log(chapters), color=GREY, linestyle='--', linewidth=1.2, label=f'even over {chapters:,} chapters')
-  panels[0].set(title="Entropy of the router's choice", ylabel='nats', ylim=(0, 1.35 * math.log(max([*ceilings, 3]))))
+  top = math.log(ceilings[-1])
+  low = min(0.95 * top, *(min(router[key]['value']) for key in ('router_entropy', 'router_mean_entropy') if key in router))
+  low = max(0.0, low - 0.2 * (top - low))
+  panels[0].set(title="Entropy of the router's choice", ylabel='nats', ylim=(low, top + 0.4 * max(top - low, 0.1)))
   plot(panels[1], {'chapter_coverage': 'chapters in use', 'chapter_gini': 'Gini of their use', 'top_share': 'share of the busiest'})
   panels[1].set(title='Use of the chapters', ylabel='0 … 1', ylim=(0, 1.3))
   panels[1].set_yticks(np.linspace(0, 1, 6))

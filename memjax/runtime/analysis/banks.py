@@ -19,6 +19,7 @@ POINTS = 200           # of a curve over ranks
 ROUTER = ('router_entropy', 'router_mean_entropy', 'chapter_coverage', 'chapter_gini', 'top_share', 'router_balance',
           'router_auxiliary', 'router_z')
 DIRECT, PROJECTED = 'the entry itself', 'the entry through the value and output projections'
+VALUE = 'the value through the output projection'
 
 
 def report_banks(found: Run, places: list, seen: dict[str, dict[str, np.ndarray]], tokens: int) -> dict[str, Any]:
@@ -38,7 +39,8 @@ def layer_report(found: Run, place: Any, seen: dict[str, np.ndarray], tokens: in
   entries, active = entries_of(mixer)
   mass_M = np.asarray(seen['entry_mass_M'], np.float64)
   share_M = mass_M / max(mass_M.sum(), 1e-30)
-  out = {'label': place.label, 'mixer': place.mixer, 'kind': mixer.kind, 'entries': entries, 'active_entries': active,
+  out = {'label': place.label, 'mixer': place.mixer, 'kind': mixer.kind, 'table': table_name(mixer, place),
+         'entries': entries, 'active_entries': active,
          'attention': curve(mass_M), 'attention_total': float(f'{mass_M.sum():.6g}'),
          'effective_entries': float(round_list(np.exp(-np.sum(share_M * np.log(np.maximum(share_M, 1e-30))))))}
   if mixer.kind == 'product_key':
@@ -76,6 +78,11 @@ def own_params(found: Run, place: Any) -> dict:
   return jax.tree.map(lambda a: a[place.repeat], own) if place.part == 'repeats' else own
 
 
+def table_name(mixer: Any, place: Any) -> str:
+  """'bank m' for a table that layers share, 'layer 3 mem' for one of its own."""
+  return f'bank {shared_table(mixer)}' if shared_table(mixer) else f'layer {place.label}'
+
+
 def table_at(found: Run, place: Any) -> Any:
   """The table that one layer reads: its own, or that which layers share."""
   mixer = found.model.config.mixers[place.mixer]
@@ -100,7 +107,8 @@ def directions(found: Run, place: Any, rows_NxW: jax.Array) -> tuple[str, np.nda
     value = memory.value(scale_free_norm(rows_NxW, mixer.mixing.norm, mixer.mixing.norm_epsilon))
     value = value.reshape(len(rows_NxW), memory.groups, memory.head_width)
     return memory.out(jnp.repeat(value, mixer.heads // memory.groups, 1).reshape(len(rows_NxW), -1))
-  return PROJECTED, np.asarray(memory.apply({'params': own_params(found, place)}, rows_NxW, method=through))
+  of = VALUE if mixer.kind == 'product_key' else PROJECTED
+  return of, np.asarray(memory.apply({'params': own_params(found, place)}, rows_NxW, method=through))
 
 
 def nearest_tokens(found: Run, place: Any, mass_M: np.ndarray) -> dict[str, Any]:
@@ -128,8 +136,7 @@ def similarities(found: Run, places: list, seen: dict[str, dict[str, np.ndarray]
   for place in places:
     mixer = found.model.config.mixers[place.mixer]
     if mixer.kind != 'bank' or mixer.shape.chapters < 2: continue
-    name = f'bank {shared_table(mixer)}' if shared_table(mixer) else f'layer {place.label}'
-    tables.setdefault((name, mixer.shape.chapters), []).append(place)
+    tables.setdefault((table_name(mixer, place), mixer.shape.chapters), []).append(place)
   out = []
   for (name, chapters), readers in tables.items():
     mean = jax.jit(lambda table, chapters=chapters: jax.lax.map(
