@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from memjax.ops.tiles import Sorted, attend_tiles, attend_tiles_back, sort_pairs, take_chapters, wide_dtype
+from memjax.ops.tiles import Sorted, attend_tiles, attend_tiles_back, sort_pairs, sum_slots, take_chapters, wide_dtype
 
 NEVER = 1e30        # a log-sum-exp under which every probability is zero
 
@@ -54,7 +54,7 @@ def _xla_backward(rows: Rows, lse_PxCxH, o_PxCxHxV, do_PxCxHxV, *, scale: float)
   def chapter(c):
     row = lambda *xs: tuple(x[c][None] for x in xs)
     parts = attend_tiles_back(row(q, lse_PxCxH), _chapters(kv, mask_PxT, c, q.dtype), row(do_PxCxHxV, delta_PxCxH), scale=scale)
-    return jax.tree.map(lambda x: x[0], parts)
+    return jax.tree.map(lambda x: x[0].astype(q.dtype), parts)             # as cuDNN returns them
   return jax.lax.map(chapter, jnp.arange(q.shape[0]))
 
 
@@ -149,12 +149,12 @@ def _merge(plan, view: Round, results, log_weight_ZxJ, carry):
   wide = y.dtype
   if plan.mode == 'mixture':
     weight = jnp.where(view.is_here_ZxJ, plan.routed_scale * jnp.exp(log_weight_ZxJ.astype(wide)), 0)
-    return top, total, y + jnp.sum(weight[..., None, None] * _slots(view, o_PxCxHxV).astype(wide), 1)
+    return top, total, y + sum_slots(_slots(view, o_PxCxHxV), weight[..., None, None])
   score = _slots(view, lse_PxCxH, -jnp.inf) + jnp.where(view.is_here_ZxJ, _bias(plan, log_weight_ZxJ, wide), 0)[..., None]
   new = jnp.maximum(top, score.max(1))
   safe = jnp.where(new > -jnp.inf, new, 0)
   share, keep = jnp.exp(score - safe[:, None]), jnp.exp(top - safe)
-  return new, total * keep + share.sum(1), y * keep[..., None] + jnp.sum(share[..., None] * _slots(view, o_PxCxHxV).astype(wide), 1)
+  return new, total * keep + share.sum(1), y * keep[..., None] + sum_slots(_slots(view, o_PxCxHxV), share[..., None])
 
 
 def _shared_rows(q_ZxHxK, shared) -> Rows:
@@ -214,7 +214,7 @@ def backward(plan, tokens, bank, shared, *, result, dy_ZxHxV, totals):
       share = jnp.exp(lse - total)[..., None]
       slope = jnp.sum(share * do.astype(wide) * (o.astype(wide) - mean.astype(wide)), (2, 3))
     part, *parts = pull(rows, total, mean, jnp.where(real[..., None], do, 0), scale=plan.scale)
-    dq = dq + jnp.sum(_slots(view, part).astype(wide), 1)
+    dq = dq + sum_slots(_slots(view, part))
     if plan.mode != 'joint': dlog_weight = dlog_weight + _slots(view, slope)
     return dq, dlog_weight, _add(dkv, parts)
   carry = jnp.zeros(q_ZxHxK.shape, wide), jnp.zeros(ids_ZxJ.shape, wide), totals[0]

@@ -6,8 +6,19 @@ import jax
 import jax.numpy as jnp
 
 from memjax.config.errors import UserError
-from memjax.ops import rounds
-from memjax.ops.tiles import Form, attend_tiles, is_array, restore, sort_pairs, take_chapters, tile_partials, wide_dtype
+from memjax.ops import rounds, tiles
+from memjax.ops.tiles import (
+  Form,
+  attend_all,
+  attend_tiles,
+  is_array,
+  restore,
+  sort_pairs,
+  sum_slots,
+  take_chapters,
+  tile_partials,
+  wide_dtype,
+)
 
 IMPLEMENTATIONS = ('auto', 'gather', 'scan', 'tiles', 'capacity', 'cudnn')
 MODES = ('mixture', 'joint', 'joint_bias')
@@ -123,18 +134,18 @@ def combine(o_ZxJxHxV, lse_ZxJxH, log_weight_ZxJ, *, mode: str, routed_scale: fl
   in which the shared slot has log s = 0; joint_bias: a = softmax(lse + log w + log s). s = routed_scale. Slots with
   lse = -inf count for nothing; a token that has no others reads 0. Raises UserError for another mode.
   """
-  return _combine(o_ZxJxHxV, lse_ZxJxH, log_weight_ZxJ, mode=mode, routed_scale=routed_scale, shared=shared)[0]
+  return combine_with_lse(o_ZxJxHxV, lse_ZxJxH, log_weight_ZxJ, mode=mode, routed_scale=routed_scale, shared=shared)[0]
 
 
-def _combine(o_ZxJxHxV, lse_ZxJxH, log_weight_ZxJ, *, mode, routed_scale, shared):
-  """(y, log-sum-exp of all that y counts [Z, H])."""
+def combine_with_lse(o_ZxJxHxV, lse_ZxJxH, log_weight_ZxJ, *, mode: str, routed_scale: float = 1.0, shared=None):
+  """(y, log-sum-exp [Z, H] of all that y counts) of `combine`; None for the latter in mixture, where nothing is normalised."""
   if mode not in MODES: raise UserError(f'unknown combination of chapters {mode!r}; one of {", ".join(MODES)}')
   wide = lse_ZxJxH.dtype
   is_real = lse_ZxJxH > -jnp.inf
   log_weight = jnp.where(is_real, log_weight_ZxJ.astype(wide)[..., None], 0)
   if mode == 'mixture':
     weight = jnp.where(is_real, routed_scale * jnp.exp(log_weight), 0)
-    y = jnp.sum(weight[..., None] * o_ZxJxHxV.astype(wide), 1)
+    y = sum_slots(o_ZxJxHxV, weight[..., None])
     return (y if shared is None else y + shared[0].astype(wide)).astype(o_ZxJxHxV.dtype), None
   score = jnp.where(is_real, lse_ZxJxH, 0) + jnp.log(jnp.asarray(routed_scale, wide)) + (log_weight if mode == 'joint_bias' else 0)
   if shared is not None:
@@ -147,7 +158,7 @@ def _combine(o_ZxJxHxV, lse_ZxJxH, log_weight_ZxJ, *, mode, routed_scale, shared
   share = jnp.where(is_real, jnp.exp(jnp.where(is_real, score - top[:, None], 0)), 0)
   total = share.sum(1)
   safe = jnp.where(total > 0, total, 1)
-  y = jnp.sum((share / safe[:, None])[..., None] * o_ZxJxHxV.astype(wide), 1)
+  y = sum_slots(o_ZxJxHxV, (share / safe[:, None])[..., None])
   return y.astype(o_ZxJxHxV.dtype), jnp.where(total > 0, jnp.log(safe) + top, -jnp.inf)
 
 
@@ -169,18 +180,19 @@ def routed_attend(q_ZxHxK, k, v, ids_ZxJ, *, log_weight_ZxJ, mode: str = 'mixtur
   check_heads(q_ZxHxK, k, v)
   if mode not in MODES: raise UserError(f'unknown combination of chapters {mode!r}; one of {", ".join(MODES)}')
   impl = choose_implementation(q_ZxHxK, k, ids_ZxJ, impl=impl, gather_limit=gather_limit, is_masked=mask_PxT is not None)
-  Z, chunk = q_ZxHxK.shape[0], _choose_chunk(q_ZxHxK, (k, v), ids_ZxJ, impl=impl, token_chunk=token_chunk)
+  Z, chunk = q_ZxHxK.shape[0], choose_chunk(q_ZxHxK, (k, v), ids_ZxJ, impl=impl, token_chunk=token_chunk)
   if impl == 'cudnn':
     if mask_PxT is not None: raise UserError('cudnn routed attention takes no mask of entries')
     k, v = restore(k, q_ZxHxK.dtype), restore(v, q_ZxHxK.dtype)
   plan = Plan(mode, impl, block, scale, float(routed_scale), remat)
   bank, tokens = (k, v, mask_PxT), (q_ZxHxK, ids_ZxJ, log_weight_ZxJ)
-  if impl in rounds.KERNELS or (remat and chunk < Z): return _join(_attend_chunks(plan, _cut(tokens, chunk), bank, shared_kv), Z)
-  one = lambda part: _attend_chunk(plan, part, bank, shared_kv)
-  return one(tokens) if chunk >= Z else _join(jax.lax.map(one, _cut(tokens, chunk)), Z)
+  if impl not in rounds.KERNELS and chunk >= Z: return _attend_chunk(plan, tokens, bank, shared_kv)
+  cut = cut_tokens(tokens, chunk)
+  if impl in rounds.KERNELS or remat: return join_tokens(_attend_chunks(plan, cut, bank, shared_kv), Z)
+  return join_tokens(jax.lax.map(lambda part: _attend_chunk(plan, part, bank, shared_kv), cut), Z)
 
 
-def _choose_chunk(q_ZxHxK, kv, ids_ZxJ, *, impl, token_chunk) -> int:
+def choose_chunk(q_ZxHxK, kv, ids_ZxJ, *, impl: str, token_chunk: int = 0) -> int:
   """Tokens of a chunk: as given, else as many as keep partial results within CHUNK_BYTES, in chunks of about equal size."""
   (Z, H, _), (k, v), J = q_ZxHxK.shape, kv, ids_ZxJ.shape[1]
   if token_chunk: return min(token_chunk, Z)
@@ -190,7 +202,7 @@ def _choose_chunk(q_ZxHxK, kv, ids_ZxJ, *, impl, token_chunk) -> int:
   return min(Z, -(-chunk // 64) * 64)
 
 
-def _cut(tokens, chunk: int):
+def cut_tokens(tokens, chunk: int):
   """(q, ids, log weight) as [N, chunk, ..]: padding tokens have no chapters."""
   q_ZxHxK, ids_ZxJ, log_weight_ZxJ = tokens
   extra = -q_ZxHxK.shape[0] % chunk
@@ -198,19 +210,22 @@ def _cut(tokens, chunk: int):
   return cut(q_ZxHxK, 0), cut(ids_ZxJ, -1), cut(log_weight_ZxJ, 0)
 
 
-def _join(y_NxZxHxV, Z: int):
+def join_tokens(y_NxZxHxV, Z: int):
+  """The first Z of the chunks' tokens [N Z, ..]."""
   return y_NxZxHxV.reshape(-1, *y_NxZxHxV.shape[2:])[:Z]
 
 
 def _attend_chunk(plan: Plan, tokens, bank, shared_kv):
   (q_ZxHxK, ids_ZxJ, log_weight_ZxJ), (k, v, mask_PxT) = tokens, bank
-  form = dict(scale=plan.scale, impl=plan.impl)
-  o, lse = routed_partials(q_ZxHxK, k, v, ids_ZxJ, mask_PxT=mask_PxT, block=plan.block, **form)
-  shared = None
-  if shared_kv is not None:                                   # one more chapter, of its own length, for every token
-    k, v = (x[None] for x in shared_kv)
-    shared = tuple(x[:, 0] for x in routed_partials(q_ZxHxK, k, v, jnp.zeros_like(ids_ZxJ[:, :1]), **form))
-  return combine(o, lse, log_weight_ZxJ, mode=plan.mode, routed_scale=plan.routed_scale, shared=shared)
+  partials = routed_partials(q_ZxHxK, k, v, ids_ZxJ, mask_PxT=mask_PxT, scale=plan.scale, impl=plan.impl, block=plan.block)
+  return _finish(plan, partials, log_weight_ZxJ, (q_ZxHxK, shared_kv))
+
+
+def _finish(plan: Plan, partials, log_weight_ZxJ, common):
+  """y [Z, H, V] of partial results and of the entries that all tokens read. common = (q, shared_kv)."""
+  q_ZxHxK, shared_kv = common
+  shared = None if shared_kv is None else attend_all(q_ZxHxK, shared_kv, scale=plan.scale)
+  return combine(*partials, log_weight_ZxJ, mode=plan.mode, routed_scale=plan.routed_scale, shared=shared)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -244,17 +259,25 @@ def _attend_chunks_backward(plan, saved, dy_NxZxHxV):
 
 
 def _pull_chunk(plan, tokens, bank, shared_kv, *, dy, totals):
-  """The gradients of one chunk by `jax.vjp`, which computes its partial results again."""
+  """((dq, d log weight), totals) of one chunk, whose partial results are computed again; tiles add to the totals directly."""
   (q, ids, log_weight), (k, v, mask_PxT) = tokens, bank
-  trained = [x for x in (k, v) if is_array(x)]
-  def run(q, log_weight, trained, shared_kv):
-    rest = iter(trained)
-    kv = (next(rest) if is_array(x) else x for x in (k, v))
-    return _attend_chunk(plan, (q, ids, log_weight), (*kv, mask_PxT), shared_kv)
-  dq, dlog_weight, dtrained, dshared = jax.vjp(run, q, log_weight, trained, shared_kv)[1](dy)
-  rest = iter(dtrained)
-  dkv = tuple(None if total is None else total + next(rest).astype(total.dtype) for total in totals[0])
-  return (dq, dlog_weight), (dkv, jax.tree.map(lambda total, d: total + d.astype(total.dtype), totals[1], dshared))
+  form = Form(plan.scale, choose_block(ids.size, k.shape[0], plan.block))
+  if plan.impl == 'tiles': partials, tables = tiles.forward(form, q, bank, ids)
+  else:
+    trained = [x for x in (k, v) if is_array(x)]
+    def run(q, trained):
+      rest = iter(trained)
+      k, v = (next(rest) if is_array(x) else x for x in bank[:2])
+      return routed_partials(q, k, v, ids, mask_PxT=mask_PxT, scale=plan.scale, impl=plan.impl)
+    partials, pull = jax.vjp(run, q, trained)
+  finish = functools.partial(_finish, plan)
+  dpartials, dlog_weight, (dq_shared, dshared) = jax.vjp(finish, partials, log_weight, (q, shared_kv))[1](dy)
+  if plan.impl == 'tiles': dq, dkv = tiles.backward(form, (q, bank, ids, partials, tables), dpartials, totals[0])
+  else:
+    dq, dtrained = pull(dpartials)
+    rest = iter(dtrained)
+    dkv = tuple(None if total is None else total + next(rest).astype(total.dtype) for total in totals[0])
+  return (dq + dq_shared, dlog_weight), (dkv, jax.tree.map(lambda total, d: total + d.astype(total.dtype), totals[1], dshared))
 
 
 _attend_chunks.defvjp(_attend_chunks_forward, _attend_chunks_backward)

@@ -88,6 +88,19 @@ def make_tiles(ids_ZxJ, chapters: int, *, block: int, step: int = 1) -> Tiles:
   return Tiles(chapter_U, pair_UxC, row_X, end_P[-1])
 
 
+def sum_slots(x_ZxJ, weight_ZxJ=None):
+  """The sum over slots [Z, ..] of x [Z, J, ..] times a weight of the same rank, in the wide dtype.
+
+  Few slots are added one by one: compilers then fuse the gather that made x with the sum, and CPUs vectorise it.
+  """
+  wide = wide_dtype(x_ZxJ.dtype)
+  slot = lambda x: x.astype(wide) if weight_ZxJ is None else x.astype(wide) * weight_ZxJ[:, j]
+  if x_ZxJ.shape[1] > 32: return jnp.sum(x_ZxJ.astype(wide) * (1 if weight_ZxJ is None else weight_ZxJ), 1)
+  total = 0
+  for j in range(x_ZxJ.shape[1]): total = total + slot(x_ZxJ[:, j])
+  return total
+
+
 # Dense attention of U tiles: used by every implementation ----------------------------------------------------------------------
 
 def _scores(q_UxCxHxK, k_UxTxGxK, mask_UxT, scale: float):
@@ -119,6 +132,18 @@ def attend_tiles(q_UxCxHxK, k_UxTxGxK, v_UxTxGxV, mask_UxT=None, *, scale: float
   o = jnp.einsum('ugrct,utgv->ucgrv', p.astype(v_UxTxGxV.dtype), v_UxTxGxV, preferred_element_type=s.dtype)
   o = o.reshape(U, C, H, -1) / _by_head(safe)[..., None]
   return o.astype(q_UxCxHxK.dtype), _by_head(jnp.where(total > 0, jnp.log(safe) + top, -jnp.inf))
+
+
+def attend_all(q_ZxHxK, kv_MxG, *, scale: float = 0.0):
+  """(o [Z, H, V], lse [Z, H]): every token attends to the same M entries (k [M, G, K], v [M, G, V]), a block of tokens at a time."""
+  (Z, H, K), dtype, wide = q_ZxHxK.shape, q_ZxHxK.dtype, wide_dtype(q_ZxHxK.dtype)
+  block = max(1, min(Z, (1 << 28) // (H * kv_MxG[0].shape[0] * wide.itemsize)))
+  blocks = -(-Z // block)
+  q = jnp.pad(q_ZxHxK, ((0, blocks * block - Z), (0, 0), (0, 0))).reshape(blocks, 1, block, H, K)
+  kv = [x.astype(wide)[None] for x in kv_MxG]                       # so that dk and dv are summed over the blocks in the wide dtype
+  def one(q): return tuple(x[0] for x in attend_tiles(q, *(x.astype(dtype) for x in kv), scale=scale))
+  o, lse = jax.lax.map(jax.checkpoint(one), q) if blocks > 1 else jax.tree.map(lambda x: x[None], one(q[0]))
+  return o.reshape(-1, *o.shape[2:])[:Z], lse.reshape(-1, H)[:Z]
 
 
 def attend_tiles_back(rows, kv, cotangents, *, scale: float = 0.0):
@@ -169,7 +194,8 @@ def _unsort(buffer_UxC, row_X, fill):
   return jnp.take(flat, row_X, axis=0, mode='fill', fill_value=fill)
 
 
-def _forward(form: Form, q_ZxHxK, bank, ids_ZxJ):
+def forward(form: Form, q_ZxHxK, bank, ids_ZxJ):
+  """((o, lse), tables) of `tile_partials`."""
   (k, v, mask_PxT), (P, T), J, H = bank, bank[0].shape[:2], ids_ZxJ.shape[1], q_ZxHxK.shape[1]
   step = _step_tiles(q_ZxHxK, T, form.block)
   tables = make_tiles(ids_ZxJ, P, block=form.block, step=step)
@@ -191,16 +217,27 @@ def tile_partials(form: Form, q_ZxHxK, bank, ids_ZxJ):
   The gradient of section 5.4 of the specification: probabilities are computed again from lse, each tile's dk and dv are added
   to its chapter in order (deterministic), dq is written per pair and summed over the slots. A quantised k or v gets none.
   """
-  return _forward(form, q_ZxHxK, bank, ids_ZxJ)[0]
+  return forward(form, q_ZxHxK, bank, ids_ZxJ)[0]
 
 
 def _tile_partials_forward(form, q_ZxHxK, bank, ids_ZxJ):
-  (o, lse), tables = _forward(form, q_ZxHxK, bank, ids_ZxJ)
-  return (o, lse), (q_ZxHxK, bank, ids_ZxJ, o, lse, tables)
+  results, tables = forward(form, q_ZxHxK, bank, ids_ZxJ)
+  return results, (q_ZxHxK, bank, ids_ZxJ, results, tables)
 
 
 def _tile_partials_backward(form, saved, cotangents):
-  q_ZxHxK, (k, v, mask_PxT), ids_ZxJ, o, lse, tables = saved
+  kv = saved[1][:2]
+  totals = tuple(jnp.zeros(x.shape, wide_dtype(x.dtype)) if is_array(x) else None for x in kv)
+  dq_ZxHxK, totals = backward(form, saved, cotangents, totals)
+  return dq_ZxHxK, (*(None if a is None else a.astype(x.dtype) for a, x in zip(totals, kv, strict=True)), None), None
+
+
+def backward(form: Form, saved, cotangents, totals):
+  """(dq, totals) with dk and dv added to the wide `totals` = (dk, dv), None where not wanted.
+
+  saved = (q, bank, ids, (o, lse), tables), cotangents = (do, dlse).
+  """
+  q_ZxHxK, (k, v, mask_PxT), ids_ZxJ, (o, lse), tables = saved
   do, dlse = cotangents
   (Z, H, K), J, dtype, wide = q_ZxHxK.shape, ids_ZxJ.shape[1], q_ZxHxK.dtype, lse.dtype
   delta = jnp.einsum('zjhv,zjhv->zjh', do, o, preferred_element_type=wide) - jnp.where(lse > -jnp.inf, dlse, 0)
@@ -214,11 +251,9 @@ def _tile_partials_backward(form, saved, cotangents):
                                      scale=form.scale)
     dkv = [add_by_chapter(a, b, chapter_U) if a is not None else None for a, b in zip(dkv, parts, strict=True)]
     return jax.lax.dynamic_update_slice_in_dim(dq, part.astype(dtype), first, 0), *dkv
-  start = [jnp.zeros(x.shape, wide) if is_array(x) else None for x in (k, v)]
-  dq, *dkv = _loop(tables, step, body, (jnp.zeros((*tables.pair_UxC.shape, H, K), dtype), *start))
-  dq_ZxHxK = _unsort(dq, tables.row_X, 0).reshape(Z, J, H, K).sum(1, dtype=wide).astype(dtype)
-  dk, dv = (None if a is None else a.astype(x.dtype) for a, x in zip(dkv, (k, v), strict=True))
-  return dq_ZxHxK, (dk, dv, None), None
+  dq, *totals = _loop(tables, step, body, (jnp.zeros((*tables.pair_UxC.shape, H, K), dtype), *totals))
+  dq_ZxHxK = sum_slots(_unsort(dq, tables.row_X, 0).reshape(Z, J, H, K)).astype(dtype)
+  return dq_ZxHxK, tuple(totals)
 
 
 def add_by_chapter(total_PxTxGxK, part_UxTxGxK, chapter_U):
