@@ -114,6 +114,7 @@ def test_a_router_that_sees_the_future_is_left_out_of_pieces(tmp_path, monkeypat
   router = RouterConfig(strategy='sequence', top_k=J, allow_noncausal=True)
   found = make_run(tmp_path, {'mem': dataclasses.replace(MEM, shape=shape, quant=quant, router=router, zero_out=True)}, ('mem',))
   monkeypatch.setattr(measure, 'median_ms', lambda *_: 1.0)
+  monkeypatch.setattr('matplotlib.figure.Figure.savefig', lambda *_, **__: None)
   _, report = write_analysis(found, TOKENS, rows=2, length=8, lengths=(4,))
   assert not report['in_pieces'] and 'sees the future' in report['skipped']['state_norms']
   assert report['skipped']['router_entropy'] == 'metrics.jsonl holds no router' and report['cost']['memories']['mem']['state_bytes'] == [0]
