@@ -81,6 +81,7 @@ REFUSED = [
   (lambda: routed(router=RouterConfig(kind='product_key')), "router.kind='product_key' needs a square number of chapters, not 5"),
   (lambda: routed(mixing=MixingConfig(combine='joint'), loss=BankLossConfig(balance=0)), 'the router gets no gradient'),
   (lambda: routed(router=RouterConfig(top_k=1), loss=BankLossConfig(balance=0)), 'the router gets no gradient'),
+  (lambda: routed(form=BankFormConfig(kind='dense'), mixing=MixingConfig(combine='legacy_scale')), "form.kind='dense' does not go with"),
   (lambda: BankConfig(form=BankFormConfig(axis='model')), "form.axis='model' splits chapters; shape.chapters is 0"),
   (lambda: routed(form=BankFormConfig(axis='fsdp'), mixing=MixingConfig(combine='legacy_scale')), 'form.axis does not go with'),
   (lambda: ProductKeyConfig(key_width=7), 'key_width=7 is odd; a query has two halves'),

@@ -52,7 +52,7 @@ BANK = [
     ({'quant.bits': 8}, 'output', ROUNDED), ({'quant.scheme': 'absmax7'}, 'output', ROUNDED), ({'quant.scheme': 'nf4'}, 'output', ROUNDED),
     ({'quant.group': 2}, 'output', ROUNDED), ({'quant.group': 8}, 'shape', {**STORED}), ({'quant.target': 'kv'}, 'shape', STORED),
     ({'quant.train': 'straight'}, 'shape', STORED), ({'quant.group': 0, 'quant.train': 'learned'}, 'shape', STORED),
-    *(({'form.kind': name}, 'trace', {}) for name in ('scan', 'tiles', 'capacity')), ({'form.kind': 'gather'}, 'trace', TILES),
+    *(({'form.kind': name}, 'trace', {}) for name in ('scan', 'tiles', 'capacity', 'dense')), ({'form.kind': 'gather'}, 'trace', TILES),
     ({'form.block': 4}, 'trace', TILES), ({'form.token_chunk': 3}, 'trace', {}), ({'form.gather_limit_mb': 0}, 'trace', {}),
     ({'form.remat': False}, 'trace', {'form.token_chunk': 3}), ({'form.axis': 'model'}, 'axes', {}), ({'form.axis': 'fsdp'}, 'axes', {}),
 ]
