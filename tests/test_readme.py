@@ -107,7 +107,9 @@ def test_commands_of_config_files(words, trained, tmp_path, monkeypatch, capsys)
   monkeypatch.setattr(flops, 'training_flops', lambda *_: 0.0)
   for split in ('train', 'valid', 'test'):
     (tmp_path / f'{split}.tokens').write_text(' = Plays = \n \n A rose by any other name . \n' * 9, encoding='utf-8')
-  words = [word.replace('W/config.json', f'{trained[0]}/config.json').replace('FOLDER', str(tmp_path)) for word in words]
+  (tmp_path / 'seed.yaml').write_text('{training: {dataset_name: shakespeare}, model: {tokenizer_name: bytes, hidden_dim: 48}}')
+  places = {'W/config.json': f'{trained[0]}/config.json', 'FOLDER': str(tmp_path), 'FILE.yaml': f'{tmp_path}/seed.yaml'}
+  for name, place in places.items(): words = [word.replace(name, place) for word in words]
   config, _ = parse(words, train.FLAGS)
   if config.data.source == 'hub': return
   more = ['--dry_run', *([f'--config.data.cache={tmp_path}/cache'] if config.data.source == 'path' else [])]

@@ -138,12 +138,24 @@ def _lost(path: str, full: Tree) -> list[str]:
 
 
 def _matters(given: Tree, config: Config, section: str, key: str) -> bool:
-  """Whether the file would mean something else without the key."""
-  rest = {k: v for k, v in given[section].items() if k != key}
-  try:
-    return to_config({**given, section: rest}, name=config.name) != config
-  except ConfigError:
-    return True
+  """Whether the file would mean something else (or nothing) without the key, or with another value of it."""
+  without = {k: v for k, v in given[section].items() if k != key}
+  for keys in (without, *({**without, key: other} for other in _others(given[section][key], SECTIONS[section][key]))):
+    try:
+      if to_config({**given, section: keys}, name=config.name) != config: return True
+    except ConfigError:
+      return True
+  return False
+
+
+def _others(value: Any, option: Option) -> tuple:
+  """Other values that a key could have."""
+  if option.choices: return tuple(choice for choice in option.choices if choice != value)
+  if isinstance(value, bool): return (not value,)
+  if isinstance(value, int): return value + 1, value - 1
+  if isinstance(value, float): return (value / 2 or 0.5,)
+  if isinstance(value, str): return (f'{value}x',)
+  return () if value is None else (value[:-1],)
 
 
 def to_config(given: Tree, *, name: str = '') -> Config:
