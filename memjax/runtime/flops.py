@@ -77,10 +77,10 @@ def countable(config: ModelConfig) -> ModelConfig:
   """The config with routed attention in the form whose operations can be read off: keys and values gathered for each token.
 
   The products are those of tiles, capacity and cudnn, which loop over as many tiles as the tokens need; what these compute
-  again in their backward pass, and their padding, is not counted. The form scan, which reads all chapters, stays.
+  again in their backward pass, and their padding, is not counted. The forms scan and dense, which read all chapters, stay.
   """
   def one(mixer):
-    if mixer.kind != 'bank' or mixer.form.kind == 'scan': return mixer
+    if mixer.kind != 'bank' or mixer.form.kind in ('scan', 'dense'): return mixer
     return dataclasses.replace(mixer, form=BankFormConfig(kind='gather', token_chunk=1 << 40, axis=mixer.form.axis))
   return dataclasses.replace(config, mixers={name: one(mixer) for name, mixer in config.mixers.items()})
 
@@ -136,10 +136,11 @@ def bank_facts(model: Any) -> dict[str, str]:
   found = bank_footprint(model)
   if not found: return {}
   size = ', '.join(f'{found["bytes"][name]:,} {name}' for name in ('float32', 'bfloat16', 'int8', 'int4') if name in found['bytes'])
+  once = sum(flops['call'] * found['layers'][name]['layers'] for name, flops in bank_flops(model, 2).items())
   tables, layers = (sum(part[key] for part in found[name].values()) for name, key in (('tables', 'copies'), ('layers', 'layers')))
   return {'bank entries': f'{found["entries"]:,} in {tables} {"table" if tables == 1 else "tables"}',
           'entries read a token': f'{found["active_entries"]:,} in {layers} {"layer" if layers == 1 else "layers"}',
-          'bank bytes': size, 'bank keys and values': f'{found["prepared_bytes"]:,} bytes, computed once a call'}
+          'bank bytes': size, 'bank keys and values': f'{found["prepared_bytes"]:,} bytes and {once:,} FLOPs, once a call'}
 
 
 def cost_table(model: Any, optimizer: optim.Optimizer, config: Config) -> str:

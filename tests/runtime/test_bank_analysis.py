@@ -116,6 +116,7 @@ def test_a_router_that_sees_the_future_is_left_out_of_pieces(tmp_path, monkeypat
   monkeypatch.setattr(measure, 'median_ms', lambda *_: 1.0)
   monkeypatch.setattr('matplotlib.figure.Figure.savefig', lambda *_, **__: None)
   _, report = write_analysis(found, TOKENS, rows=2, length=8, lengths=(4,))
+  assert flops.bank_facts(found.model)['bank entries'] == '8 in 1 table'
   assert not report['in_pieces'] and 'sees the future' in report['skipped']['state_norms']
   assert report['skipped']['router_entropy'] == 'metrics.jsonl holds no router' and report['cost']['memories']['mem']['state_bytes'] == [0]
   assert report['banks']['layers'][0]['attention_total'] == pytest.approx(1, abs=1e-4)
@@ -161,8 +162,9 @@ def test_operations_of_routed_attention(kind):
   assert flops.forward_flops(model, L) == pytest.approx(token + call / L + 2 * D * 16, rel=0.05)
 
 
-def test_operations_of_the_form_that_reads_all_chapters():
-  token = flops.bank_flops(big_bank('scan'), 300)['mem']['token'] - flops.bank_flops(big_bank('auto'), 300)['mem']['token']
+@pytest.mark.parametrize('kind', ['scan', 'dense'])
+def test_operations_of_the_forms_that_read_all_chapters(kind):
+  token = flops.bank_flops(big_bank(kind), 300)['mem']['token'] - flops.bank_flops(big_bank('auto'), 300)['mem']['token']
   assert token == pytest.approx(4 * 512 * 32 * (64 - 8), rel=0.05)
 
 
