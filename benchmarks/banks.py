@@ -11,6 +11,7 @@ score as trained uses the future, its causal score is that of the same parameter
 """
 import dataclasses
 import functools
+import json
 import time
 from typing import Any
 
@@ -101,13 +102,16 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
   def more(make):
     sizes = dict(entries=2048, chapters=64, top_k=4, every=2)
     for option, default in sizes.items(): make.add_argument(f'--{option}', type=int, default=default)
+    make.add_argument('--append', action='store_true', help='keep the other models of the output file')
     make.set_defaults(models=list(NAMES))
   a, started = language.arguments(argv, more=more, name='banks', description=__doc__), time.perf_counter()
   texts, vocabulary = language.read_texts({s: getattr(a, s) for s in ('train', 'valid', 'test')}, a.tokens, a.length * (a.lanes + 2))
   name, configs = 'banks' + (f'-{a.name}' if a.name else ''), configs_of(a, vocabulary)
   print('parameters: ' + ', '.join(f'{model} {language_models.parameters(c):,}' for model, c in configs.items()), flush=True)
   options = {k: v for k, v in vars(a).items() if k not in ('train', 'valid', 'test', 'output', 'commit')}
-  rows: list[dict[str, Any]] = []
+  path = common.target_path(name, a.output)
+  found = json.loads(path.read_text(encoding='utf-8'))['rows'] if a.append and path is not None and path.exists() else []
+  rows: list[dict[str, Any]] = [row for row in found if row['model'] not in configs]
   result = {'options': options, 'vocabulary': vocabulary, 'tokens': {s: t.tokens for s, t in texts.items()}, 'rows': rows,
             'bytes': {s: t.bytes for s, t in texts.items()}}
   runs = {model: BankRun(config, a, texts) for model, config in configs.items()}
@@ -116,6 +120,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
   print(f'compiled after {time.perf_counter() - started:.0f} s', flush=True)
   for model, config in configs.items():
     rows.append(report(model, config, runs[model], a))
+    rows.sort(key=lambda row: NAMES.index(row['model']))
     common.save(name, a.output, result, commit=a.commit)
   title = (f'{a.name or "Text"}: {a.tokens}, width {a.width}, {a.layers} layers, {a.entries} entries in {a.chapters} chapters, '
            f'top {a.top_k}, {a.batch} x {a.length} a step, {a.seeds} seeds, {a.dtype}')

@@ -4,8 +4,8 @@ compare with.
 python -m memjax.train --config configs/attention_small.py --workdir runs/attention_small
 
 Cost: 2 million tokens; 2 s on an H200 besides compilation, about ten minutes on two CPU cores. Expected: 2.59 bits per byte
-on the test split (three seeds, 2.582 to 2.602). Measured on one H200 by `benchmarks/language.py` at commit e248148, 2026-11-22,
-with this model and recipe.
+on the test split: this command on one H200 at commit 5232772, 2026-11-22 (three seeds by `benchmarks/language.py` at commit
+e248148: 2.582 to 2.602).
 """
 import dataclasses
 from pathlib import Path

@@ -2,9 +2,9 @@
 
 python -m memjax.train --config configs/hamt_small.py --workdir runs/hamt_small
 
-Cost: 2 million tokens; 3 s on an H200 besides compilation, about ten minutes on two CPU cores. Expected: 2.60 bits per byte
-on the test split (three seeds, 2.601 to 2.604), the transformer `attention_small` 2.59 (2.582 to 2.602). Measured on one H200 by
-`benchmarks/language.py` at commit e248148, 2026-11-22, with this model and recipe.
+Cost: 2 million tokens; 3 s on an H200 besides compilation, about ten minutes on two CPU cores. Expected: 2.58 bits per byte
+on the test split, the transformer `attention_small` 2.59: this command on one H200 at commit 5232772, 2026-11-22. With three
+seeds (2.601 to 2.604 against 2.582 to 2.602, `benchmarks/language.py`, commit e248148) the two cannot be told apart.
 """
 from memjax.config.codec import thaw
 from memjax.config.mixers import HolographicConfig
