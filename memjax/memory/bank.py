@@ -96,15 +96,15 @@ class Bank(Memory):
   def init_state(self, batch: int, max_len: int = 0) -> RouterState:
     """The statistic of no tokens. UserError for a strategy that sees the future where a state is to be carried."""
     c, zeros = self.config, lambda *shape: jnp.zeros((batch, *shape), self.state_dtype)
-    number, strategy = jnp.zeros((batch,), jnp.int32), c.router.strategy if c.shape.chapters else 'token'
+    number, strategy = lambda: jnp.zeros((batch,), jnp.int32), c.router.strategy if c.shape.chapters else 'token'
     if strategy in NONCAUSAL:
       if max_len: raise UserError(f'router.strategy={strategy!r} sees the future: it cannot stream, generate or carry a state')
       return RouterState()
-    if strategy == 'prefix-mean': return RouterState(total_BxD=zeros(self.width), count_B=number)
-    if strategy == 'rolling': return RouterState(ring_BxWxD=zeros(c.router.window, self.width), count_B=number)
-    if strategy == 'chunk': return RouterState(total_BxD=zeros(self.width), previous_BxD=zeros(self.width), count_B=number)
+    if strategy == 'prefix-mean': return RouterState(total_BxD=zeros(self.width), count_B=number())
+    if strategy == 'rolling': return RouterState(ring_BxWxD=zeros(c.router.window, self.width), count_B=number())
+    if strategy == 'chunk': return RouterState(total_BxD=zeros(self.width), previous_BxD=zeros(self.width), count_B=number())
     if strategy == 'hybrid':
-      return RouterState(zeros(self.width), None, zeros(c.router.window, self.width), number, number)
+      return RouterState(zeros(self.width), None, zeros(c.router.window, self.width), number(), number())      # two arrays, to be donated
     return RouterState()
 
   def project(self, x_BxLxD: jax.Array, position_BxL: jax.Array, *, stream_BxLxD: jax.Array | None = None) -> BankInputs:

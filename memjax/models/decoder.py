@@ -104,7 +104,8 @@ def set_prompt_length(state: dict, length_B: jax.Array) -> dict:
   """The state in which every router that asks for it knows how many tokens the prompt of each row has."""
   def one(path, leaf):
     if 'prompt_length' not in jax.tree_util.keystr(path[-1:]): return leaf
-    return jnp.broadcast_to(length_B.astype(leaf.dtype).reshape(-1, *(1,) * (leaf.ndim - 1)), leaf.shape)
+    length_Bx1 = length_B.astype(leaf.dtype).reshape(-1, *(1,) * (leaf.ndim - 1))
+    return jnp.zeros_like(leaf) + length_Bx1            # an array of its own, for callers that donate the state
   return jax.tree_util.tree_map_with_path(one, state)
 
 
