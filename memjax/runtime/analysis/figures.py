@@ -1,6 +1,7 @@
 """The figures of a memory, drawn from the numbers of `analysis.json`. matplotlib (extra `plot`) is imported when drawing."""
 import math
 import pathlib
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -153,7 +154,8 @@ def draw(report: dict, folder: pathlib.Path) -> tuple[dict[str, str], dict[str, 
   from matplotlib import rc_context
   from matplotlib.figure import Figure
   drawn, skipped = {}, {}
-  with rc_context({**STYLE, 'axes.prop_cycle': cycler(color=lines.COLOURS)}):
+  with rc_context({**STYLE, 'axes.prop_cycle': cycler(color=lines.COLOURS)}), warnings.catch_warnings():
+    warnings.filterwarnings('ignore', 'Glyph .* missing')          # a box stands for what the font lacks
     for name, kind in (FIGURES | (BANK_FIGURES if report['banks'] else {})).items():
       if reason := kind.reason(report):
         skipped[name] = reason

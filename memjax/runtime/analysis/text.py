@@ -1,7 +1,7 @@
 """The figure of predictions: what the model read, what came next, and what it expected."""
 from typing import Any
 
-PLAIN = {'\n': '↵', ' ': '␣', '\t': '⇥', '\r': '␍', '\ufffd': '□', '': '∅'}
+PLAIN = {'\n': '↵', ' ': '␣', '\t': '⇥', '\r': '←', '\ufffd': '□', '': '∅'}
 BYTES, WORDS = 32, 10      # tokens a line, for tokens of one character and for longer ones
 
 
