@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from memjax.ops.tiles import Sorted, attend_tiles, attend_tiles_back, sort_pairs, sum_slots, take_chapters, wide_dtype
+from memjax.ops.tiles import Sorted, attend_tiles, attend_tiles_back, sort_pairs, take_chapters, wide_dtype
 
 NEVER = 1e30        # a log-sum-exp under which every probability is zero
 
@@ -119,10 +119,9 @@ def _view(pairs: Sorted, ids_ZxJ, r, capacity: int) -> Round:
   return Round(pair_PxC, pair_PxC // J, rank_C[None] < pairs.count_P[:, None], is_here, row_ZxJ)
 
 
-def _loop(plan, tokens, bank, body, carry):
+def _loop(plan, pairs: Sorted, tokens, *, bank, body, carry):
   """`body(view, rows, carry)` over the rounds that these ids need."""
   q_ZxHxK, ids_ZxJ, _ = tokens
-  pairs = sort_pairs(ids_ZxJ, bank[0].shape[0])
   capacity = _capacity(plan, *ids_ZxJ.shape, bank[0].shape[0])
   def run(r, carry):
     view = _view(pairs, ids_ZxJ, r, capacity)
@@ -137,6 +136,19 @@ def _slots(view: Round, x_PxC, fill=0):
   return jnp.where(view.is_here_ZxJ.reshape(*view.is_here_ZxJ.shape, *(1,) * (flat.ndim - 2)), flat, fill)
 
 
+def _sum_rows(view: Round, x_PxC, weight_ZxJ):
+  """The sum [Z, ..], wide, over the slots of this round, of their rows times a weight [Z, J] or [Z, J, H].
+
+  Slots are gathered one by one: compilers fuse that into a single pass in which [Z, J, ..] never exists.
+  """
+  flat, wide, total = x_PxC.reshape(-1, *x_PxC.shape[2:]), wide_dtype(x_PxC.dtype), 0
+  spread = lambda a: a.reshape(*a.shape, *(1,) * (flat.ndim - a.ndim))
+  for j in range(weight_ZxJ.shape[1]):
+    rows = flat[view.row_ZxJ[:, j]].astype(wide) * spread(weight_ZxJ[:, j])
+    total = total + jnp.where(spread(view.is_here_ZxJ[:, j]), rows, 0)
+  return total
+
+
 def _bias(plan, log_weight_ZxJ, wide):
   """What the mode adds to the scores of a slot: log s, and log w in joint_bias."""
   log_weight_ZxJ = log_weight_ZxJ.astype(wide)
@@ -149,12 +161,12 @@ def _merge(plan, view: Round, results, log_weight_ZxJ, carry):
   wide = y.dtype
   if plan.mode == 'mixture':
     weight = jnp.where(view.is_here_ZxJ, plan.routed_scale * jnp.exp(log_weight_ZxJ.astype(wide)), 0)
-    return top, total, y + sum_slots(_slots(view, o_PxCxHxV), weight[..., None, None])
+    return top, total, y + _sum_rows(view, o_PxCxHxV, weight)
   score = _slots(view, lse_PxCxH, -jnp.inf) + jnp.where(view.is_here_ZxJ, _bias(plan, log_weight_ZxJ, wide), 0)[..., None]
   new = jnp.maximum(top, score.max(1))
   safe = jnp.where(new > -jnp.inf, new, 0)
   share, keep = jnp.exp(score - safe[:, None]), jnp.exp(top - safe)
-  return new, total * keep + share.sum(1), y * keep[..., None] + sum_slots(_slots(view, o_PxCxHxV), share[..., None])
+  return new, total * keep + share.sum(1), y * keep[..., None] + _sum_rows(view, o_PxCxHxV, share)
 
 
 def _shared_rows(q_ZxHxK, shared) -> Rows:
@@ -163,7 +175,7 @@ def _shared_rows(q_ZxHxK, shared) -> Rows:
 
 
 def forward(plan, tokens, bank, shared):
-  """(y [Z, H, V], what the backward pass keeps: the log-sum-exp of all that a joint softmax saw; partial results without remat)."""
+  """(y [Z, H, V], what the backward pass keeps: the log-sum-exp of all that a joint softmax saw, partial results without remat, order)."""
   q_ZxHxK, ids_ZxJ, log_weight_ZxJ = tokens
   attend, wide, (Z, H, V) = KERNELS[plan.impl][0], wide_dtype(q_ZxHxK.dtype), (*q_ZxHxK.shape[:2], bank[1].shape[3])
   top, total, y = jnp.full((Z, H), -jnp.inf, wide), jnp.zeros((Z, H), wide), jnp.zeros((Z, H, V), wide)
@@ -177,10 +189,11 @@ def forward(plan, tokens, bank, shared):
     results = attend(rows, plan.scale)
     partials = tuple(_slots(view, new, old) for new, old in zip(results, partials, strict=False))
     return _merge(plan, view, results, log_weight_ZxJ, state), partials
-  (top, total, y), partials = _loop(plan, tokens, bank, body, ((top, total, y), partials))
-  if plan.mode == 'mixture': return y.astype(q_ZxHxK.dtype), (None, partials)
+  pairs = sort_pairs(ids_ZxJ, bank[0].shape[0])
+  (top, total, y), partials = _loop(plan, pairs, tokens, bank=bank, body=body, carry=((top, total, y), partials))
+  if plan.mode == 'mixture': return y.astype(q_ZxHxK.dtype), (None, partials, pairs)
   safe = jnp.where(total > 0, total, 1)
-  return (y / safe[..., None]).astype(q_ZxHxK.dtype), (jnp.where(total > 0, jnp.log(safe) + top, -jnp.inf), partials)
+  return (y / safe[..., None]).astype(q_ZxHxK.dtype), (jnp.where(total > 0, jnp.log(safe) + top, -jnp.inf), partials, pairs)
 
 
 def _keeps(plan) -> bool:
@@ -194,7 +207,7 @@ def backward(plan, tokens, bank, shared, *, result, dy_ZxHxV, totals):
   mixture: each slot is a softmax of its own with do = s w dy. Joint modes: one softmax over all slots, so that every row has
   do = dy, o = y and the log-sum-exp of its token less the bias of its slot: no partial result is needed but for d log weight.
   """
-  (q_ZxHxK, ids_ZxJ, log_weight_ZxJ), (y_ZxHxV, (lse_ZxH, partials)) = tokens, result
+  (q_ZxHxK, ids_ZxJ, log_weight_ZxJ), (y_ZxHxV, (lse_ZxH, partials, pairs)) = tokens, result
   (attend, pull), wide = KERNELS[plan.impl], wide_dtype(q_ZxHxK.dtype)
   weight_X = (plan.routed_scale * jnp.exp(log_weight_ZxJ.astype(wide))).reshape(-1)
   bias_X, dtype = _bias(plan, log_weight_ZxJ, wide).reshape(-1), q_ZxHxK.dtype
@@ -214,11 +227,11 @@ def backward(plan, tokens, bank, shared, *, result, dy_ZxHxV, totals):
       share = jnp.exp(lse - total)[..., None]
       slope = jnp.sum(share * do.astype(wide) * (o.astype(wide) - mean.astype(wide)), (2, 3))
     part, *parts = pull(rows, total, mean, jnp.where(real[..., None], do, 0), scale=plan.scale)
-    dq = dq + sum_slots(_slots(view, part))
+    dq = dq + _sum_rows(view, part, jnp.ones(ids_ZxJ.shape, wide))
     if plan.mode != 'joint': dlog_weight = dlog_weight + _slots(view, slope)
     return dq, dlog_weight, _add(dkv, parts)
   carry = jnp.zeros(q_ZxHxK.shape, wide), jnp.zeros(ids_ZxJ.shape, wide), totals[0]
-  dq, dlog_weight, dkv = _loop(plan, tokens, bank, body, carry)
+  dq, dlog_weight, dkv = _loop(plan, pairs, tokens, bank=bank, body=body, carry=carry)
   dshared = totals[1]
   if shared is not None:
     rows, lse, mean = _shared_rows(q_ZxHxK, shared), lse_ZxH, y_ZxHxV

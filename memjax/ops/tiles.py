@@ -59,11 +59,10 @@ def sort_pairs(ids_ZxJ, chapters: int) -> Sorted:
   flat_X = jnp.where(ids_ZxJ < 0, chapters, ids_ZxJ).reshape(-1).astype(jnp.int32)
   X = flat_X.shape[0]
   order_X = jnp.argsort(flat_X, stable=True).astype(jnp.int32)
-  sorted_X = flat_X[order_X]
-  bound = jnp.searchsorted(sorted_X, jnp.arange(chapters + 1, dtype=jnp.int32)).astype(jnp.int32)
-  first_X = jnp.concatenate([bound, jnp.full((1,), X, jnp.int32)])[sorted_X]
-  rank_X = jnp.zeros((X,), jnp.int32).at[order_X].set(jnp.arange(X, dtype=jnp.int32) - first_X, unique_indices=True)
-  return Sorted(order_X, rank_X, jnp.diff(bound), bound[:-1])
+  count = jnp.zeros((chapters + 1,), jnp.int32).at[flat_X].add(1)
+  start = jnp.cumsum(count).astype(jnp.int32) - count
+  place_X = jnp.zeros((X,), jnp.int32).at[order_X].set(jnp.arange(X, dtype=jnp.int32), unique_indices=True)
+  return Sorted(order_X, place_X - start[flat_X], count[:-1], start[:-1])
 
 
 def tile_limit(pairs: int, chapters: int, block: int) -> int:
@@ -79,7 +78,7 @@ def make_tiles(ids_ZxJ, chapters: int, *, block: int, step: int = 1) -> Tiles:
   end_P = jnp.cumsum(-(-count_P // block)).astype(jnp.int32)
   first_P = jnp.concatenate([jnp.zeros((1,), jnp.int32), end_P[:-1]])
   tile_U = jnp.arange(tiles, dtype=jnp.int32)
-  chapter_U = jnp.minimum(jnp.searchsorted(end_P, tile_U, side='right').astype(jnp.int32), chapters - 1)
+  chapter_U = jnp.minimum(jnp.searchsorted(end_P, tile_U, side='right', method='compare_all').astype(jnp.int32), chapters - 1)
   rank_UxC = ((tile_U - first_P[chapter_U]) * block)[:, None] + jnp.arange(block, dtype=jnp.int32)[None]
   is_real = rank_UxC < count_P[chapter_U][:, None]                 # trailing tiles lie past the last chapter's count: all padding
   pair_UxC = jnp.where(is_real, order_X[jnp.minimum(start_P[chapter_U][:, None] + rank_UxC, X - 1)], X)
