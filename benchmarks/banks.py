@@ -22,11 +22,12 @@ from benchmarks import common, language, language_models
 from memjax.config.banks import BankConfig, BankFormConfig, BankLossConfig, BankShapeConfig, RouterConfig, sees_future
 from memjax.config.mixers import AttentionConfig
 from memjax.config.schema import BlockConfig, ModelConfig
-from memjax.models.decoder import build_decoder
-from memjax.runtime.flops import forward_flops
+from memjax.models.decoder import build_decoder, param_shapes
+from memjax.runtime.flops import count_flops
 
 STRATEGIES = {'bank, token': 'token', 'bank, prefix-mean': 'prefix-mean', 'bank, chunk': 'chunk', 'bank, sequence': 'sequence'}
-NAMES = ('bank, token', 'vanilla, equal parameters', 'vanilla, equal FLOPs', 'vanilla', 'bank, sequence', 'bank, prefix-mean', 'bank, chunk')
+NAMES = ('bank, token', 'vanilla, equal parameters', 'vanilla, equal FLOPs', 'vanilla', 'bank, sequence', 'bank, prefix-mean', 'bank, chunk',
+         'vanilla, equal FLOPs of one row')
 
 
 def bank_config(strategy: str, a: Any) -> BankConfig:
@@ -47,27 +48,34 @@ def model_config(name: str, a: Any, vocabulary: int) -> ModelConfig:
                      block=BlockConfig(dropout=a.dropout), dtype=a.dtype)
 
 
-def counted(config: ModelConfig, length: int) -> float:
-  """Forward operations a token, those of a bank as its routed reads need them, whatever the implementation."""
+def counted(config: ModelConfig, length: int, batch: int) -> float:
+  """Forward operations a token of `batch` rows, which share the keys and values of the bank; those of a bank as its routed reads
+  need them, whatever the implementation."""
   routed = {name: dataclasses.replace(mixer, form=BankFormConfig(kind='gather')) if mixer.kind == 'bank' else mixer
             for name, mixer in config.mixers.items()}
-  return forward_flops(build_decoder(dataclasses.replace(config, mixers=routed)), length)
+  model = build_decoder(dataclasses.replace(config, mixers=routed))
+  rows = jax.ShapeDtypeStruct((batch, length), 'int32')
+  def call(params, token_BxL, position_BxL):
+    return model.apply({'params': params}, token_BxL, model.init_state(batch), position_BxL=position_BxL)[0]
+  return count_flops(call, param_shapes(model)[0], rows, rows) / (batch * length)
 
 
-def with_flops(config: ModelConfig, target: float, length: int) -> ModelConfig:
+def with_flops(config: ModelConfig, target: float, length: int, batch: int) -> ModelConfig:
   """The config with the hidden width, a multiple of 8, that brings it nearest to so many operations a token."""
-  low, high = (counted(dataclasses.replace(config, hidden=hidden), length) for hidden in (8, 16))
+  low, high = (counted(dataclasses.replace(config, hidden=hidden), length, batch) for hidden in (8, 16))
   return dataclasses.replace(config, hidden=8 * max(1, round((target - low) / (high - low) + 1)))
 
 
 def configs_of(a: Any, vocabulary: int) -> dict[str, ModelConfig]:
   """The models by name: banks as given, 'vanilla' their backbone, the other two with wider feed-forward networks."""
   bank = model_config('bank, token', a, vocabulary)
-  count, operations = language_models.parameters(bank), counted(bank, a.length)
+  count = language_models.parameters(bank)
   def make(name):
     config = model_config(name, a, vocabulary)
     if name == 'vanilla, equal parameters': return language_models.matched(config, count)
-    return with_flops(config, operations, a.length) if name == 'vanilla, equal FLOPs' else config
+    if not name.startswith('vanilla, equal FLOPs'): return config
+    batch = 1 if name.endswith('of one row') else a.batch
+    return with_flops(config, counted(bank, a.length, batch), a.length, batch)
   return {name: make(name) for name in a.models}
 
 
@@ -89,7 +97,7 @@ def report(name: str, config: ModelConfig, run: BankRun, a: Any) -> dict[str, An
   """The row of one model: scores as trained, causal scores where they differ, what it costs."""
   row = language.report_model(name, config, run)
   chosen = [i for i, (rate, _) in enumerate(run.members) if rate == row['rate']]
-  row['flops_a_token'] = counted(config, a.length)
+  row['flops_a_token'] = counted(config, a.length, a.batch)
   row['noncausal_routing'] = 'causal' in run.places
   if row['noncausal_routing']:
     nll_M, text = row['test_nll']['causal'][chosen], run.texts['test']
@@ -103,7 +111,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     sizes = dict(entries=2048, chapters=64, top_k=4, every=2)
     for option, default in sizes.items(): make.add_argument(f'--{option}', type=int, default=default)
     make.add_argument('--append', action='store_true', help='keep the other models of the output file')
-    make.set_defaults(models=list(NAMES))
+    make.set_defaults(models=list(NAMES[:-1]))
   a, started = language.arguments(argv, more=more, name='banks', description=__doc__), time.perf_counter()
   texts, vocabulary = language.read_texts({s: getattr(a, s) for s in ('train', 'valid', 'test')}, a.tokens, a.length * (a.lanes + 2))
   name, configs = 'banks' + (f'-{a.name}' if a.name else ''), configs_of(a, vocabulary)

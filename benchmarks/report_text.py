@@ -81,7 +81,7 @@ def recall_large_h200(result, _):
   """What the large setting says: few slots learn it in part, the defaults not at all."""
   small = _row(result, 'small_state, 16 slots')
   return (f'Trained on 4 to 64 pairs in turn, one wide head with 16 slots reaches {small["accuracy"]:.3f} '
-          f'({small["worst"]:.3f} the worst seed) in {result["settings"]["large"][4]:,} steps and was still rising; the default addresses '
+          f'({small["worst"]:.3f} the worst seed) in {result["settings"]["large"][4]:,} steps; the default addresses '
           f'({_row(result, "holographic")["accuracy"]:.4f}) and those that keep everything stay at guessing among all values: a null '
           'result for the defaults. Linear attention, the delta rules and attention did not fit the time of this run; when all models '
           'trained on 64 pairs alone for 3,000 steps, none of them learned anything, attention included (.013).')
