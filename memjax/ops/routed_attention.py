@@ -42,17 +42,17 @@ def choose_block(pairs: int, chapters: int, block: int) -> int:
   return max(8, min(most, 1 << max(pairs // chapters - 1, 0).bit_length()))
 
 
-def choose_implementation(q_ZxHxK, k, ids_ZxJ, *, impl: str, gather_limit: int, is_masked: bool = False) -> str:
+def choose_implementation(q_ZxHxK, k, ids_ZxJ, *, impl: str, gather_limit: int, needs_xla: bool = False) -> str:
   """The implementation that 'auto' stands for; another name as it is. Raises UserError for an unknown one.
 
   gather where there are few pairs a chapter and the gathered keys and values fit `gather_limit` bytes (decoding); cudnn on
-  an NVIDIA GPU in 16 bits where its attention takes these shapes; else tiles.
+  an NVIDIA GPU in 16 bits unless the call `needs_xla` (a mask of entries, V != K, a log-sum-exp to be differentiated); else tiles.
   """
   if impl not in IMPLEMENTATIONS: raise UserError(f'unknown routed attention {impl!r}; one of {", ".join(IMPLEMENTATIONS)}')
   if impl != 'auto': return impl
   (P, T, G, K), pairs = k.shape, ids_ZxJ.size
   if pairs <= 4 * P and pairs * T * 2 * G * K * q_ZxHxK.dtype.itemsize <= gather_limit: return 'gather'
-  return 'cudnn' if rounds.takes_cudnn(q_ZxHxK.dtype, K, is_masked=is_masked) else 'tiles'
+  return 'cudnn' if not needs_xla and rounds.takes_cudnn(q_ZxHxK.dtype, K) else 'tiles'
 
 
 def check_heads(q_ZxHxK, k, v) -> None:
@@ -76,7 +76,7 @@ def routed_partials(q_ZxHxK, k, v, ids_ZxJ, *, mask_PxT=None, scale: float = 0.0
   """
   q_ZxHxK, k, v, ids_ZxJ, mask_PxT = jax.tree.map(jnp.asarray, (q_ZxHxK, k, v, ids_ZxJ, mask_PxT))
   check_heads(q_ZxHxK, k, v)
-  impl = choose_implementation(q_ZxHxK, k, ids_ZxJ, impl=impl, gather_limit=gather_limit, is_masked=mask_PxT is not None)
+  impl = choose_implementation(q_ZxHxK, k, ids_ZxJ, impl=impl, gather_limit=gather_limit, needs_xla=True)
   if impl in ('gather', 'scan', 'capacity'):
     ways = {'gather': _gather, 'scan': _scan, 'capacity': _capacity}
     return ways[impl](q_ZxHxK, (k, v, mask_PxT), ids_ZxJ, scale)
@@ -179,10 +179,12 @@ def routed_attend(q_ZxHxK, k, v, ids_ZxJ, *, log_weight_ZxJ, mode: str = 'mixtur
   shared_kv, mask_PxT = jax.tree.map(jnp.asarray, (shared_kv, mask_PxT))
   check_heads(q_ZxHxK, k, v)
   if mode not in MODES: raise UserError(f'unknown combination of chapters {mode!r}; one of {", ".join(MODES)}')
-  impl = choose_implementation(q_ZxHxK, k, ids_ZxJ, impl=impl, gather_limit=gather_limit, is_masked=mask_PxT is not None)
+  impl = choose_implementation(q_ZxHxK, k, ids_ZxJ, impl=impl, gather_limit=gather_limit,
+                               needs_xla=mask_PxT is not None or v.shape[3] != k.shape[3])
   Z, chunk = q_ZxHxK.shape[0], choose_chunk(q_ZxHxK, (k, v), ids_ZxJ, impl=impl, token_chunk=token_chunk)
   if impl == 'cudnn':
     if mask_PxT is not None: raise UserError('cudnn routed attention takes no mask of entries')
+    if v.shape[3] != k.shape[3]: raise UserError(f'cudnn routed attention needs values as wide as keys, not {v.shape[3]} and {k.shape[3]}')
     k, v = restore(k, q_ZxHxK.dtype), restore(v, q_ZxHxK.dtype)
   plan = Plan(mode, impl, block, scale, float(routed_scale), remat)
   bank, tokens = (k, v, mask_PxT), (q_ZxHxK, ids_ZxJ, log_weight_ZxJ)

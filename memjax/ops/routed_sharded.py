@@ -67,7 +67,7 @@ def _merge_joint(q_ZxHxK, kv, ids_ZxJ, *, axis, shared_kv, options):
 def _local_joint(q_ZxHxK, kv, ids_ZxJ, *, log_weight_ZxJ, mode, routed_scale, mask_PxT, impl='auto', token_chunk=0, remat=True,
                  gather_limit=1 << 30, **form):
   """(y, lse) over the chapters of this device, a chunk of tokens at a time."""
-  impl = choose_implementation(q_ZxHxK, kv[0], ids_ZxJ, impl=impl, gather_limit=gather_limit, is_masked=True)    # as for cudnn: no lse
+  impl = choose_implementation(q_ZxHxK, kv[0], ids_ZxJ, impl=impl, gather_limit=gather_limit, needs_xla=True)
   chunk = choose_chunk(q_ZxHxK, kv, ids_ZxJ, impl=impl, token_chunk=token_chunk)
   def one(tokens):
     q, ids, log_weight = tokens
