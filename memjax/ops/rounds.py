@@ -156,7 +156,7 @@ def _bias(plan, log_weight_ZxJ, wide):
   return jnp.log(jnp.asarray(plan.routed_scale, wide)) + (log_weight_ZxJ if plan.mode == 'joint_bias' else jnp.zeros_like(log_weight_ZxJ))
 
 
-def _merge(plan, view: Round, results, log_weight_ZxJ, carry):
+def _merge(plan, view: Round, results, *, log_weight_ZxJ, carry):
   """(top, total, y) after this round: softmax over slots that goes on from round to round; in mixture y alone, weighted."""
   (top, total, y), (o_PxCxHxV, lse_PxCxH) = carry, results
   wide = y.dtype
@@ -189,7 +189,7 @@ def forward(plan, tokens, bank, shared):
     state, partials = carry
     results = attend(rows, plan.scale)
     partials = tuple(_slots(view, new, old) for new, old in zip(results, partials, strict=False))
-    return _merge(plan, view, results, log_weight_ZxJ, state), partials
+    return _merge(plan, view, results, log_weight_ZxJ=log_weight_ZxJ, carry=state), partials
   pairs = sort_pairs(ids_ZxJ, bank[0].shape[0])
   (top, total, y), partials = _loop(plan, pairs, tokens, bank=bank, body=body, carry=((top, total, y), partials))
   if plan.mode == 'mixture': return y.astype(q_ZxHxK.dtype), (None, partials, pairs)

@@ -28,8 +28,8 @@ def routed_attend_sharded(q_ZxHxK, k, v, ids_ZxJ, *, log_weight_ZxJ, mesh, axis:
   for name, size, what in ((axis, k.shape[0], 'chapters'), (token_axis, ids_ZxJ.shape[0], 'tokens')):
     if name and size % mesh.shape[name]: raise UserError(f'{size} {what} do not divide over {mesh.shape[name]} devices ({name!r})')
   chapters, tokens = PartitionSpec(axis or None), PartitionSpec(token_axis or None)
-  def local(q, bank, ids, log_weight, shared_kv):
-    k, v, mask = bank
+  def local(bank, token_arrays, shared_kv):
+    (k, v, mask), (q, ids, log_weight) = bank, token_arrays
     if axis:
       ids = ids - k.shape[0] * jax.lax.axis_index(axis)
       ids = jnp.where((ids >= 0) & (ids < k.shape[0]), ids, -1)
@@ -37,8 +37,8 @@ def routed_attend_sharded(q_ZxHxK, k, v, ids_ZxJ, *, log_weight_ZxJ, mesh, axis:
     if not axis: return routed_attend(q, k, v, ids, shared_kv=shared_kv, **options)
     return (_sum_mixture if mode == 'mixture' else _merge_joint)(q, (k, v), ids, axis=axis, shared_kv=shared_kv, options=options)
   # An output that an axis does not split is the same on each of its devices, which check_vma cannot see through custom_vjp.
-  call = jax.shard_map(local, mesh=mesh, in_specs=(tokens, chapters, tokens, tokens, PartitionSpec()), out_specs=tokens, check_vma=False)
-  return call(q_ZxHxK, (k, v, mask_PxT), ids_ZxJ, log_weight_ZxJ, shared_kv)
+  call = jax.shard_map(local, mesh=mesh, in_specs=(chapters, tokens, PartitionSpec()), out_specs=tokens, check_vma=False)
+  return call((k, v, mask_PxT), (q_ZxHxK, ids_ZxJ, log_weight_ZxJ), shared_kv)
 
 
 def _sum_mixture(q_ZxHxK, kv, ids_ZxJ, *, axis, shared_kv, options):
