@@ -1,0 +1,328 @@
+"""Decoders with banks: a fresh bank changes nothing, gradients, causality, decoding, shared tables, losses, stored integers."""
+import dataclasses
+import functools
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from memjax.config.banks import BankFormConfig, BankLossConfig, BankShapeConfig, MixingConfig, ProductKeyConfig
+from memjax.config.context import ContextConfig
+from memjax.config.errors import ConfigError, UserError
+from memjax.config.mixers import AttentionConfig, WindowConfig
+from memjax.config.schema import EmbeddingConfig, ModelConfig
+from memjax.models.decoder import build_decoder, init_params, param_shapes, prepare_memories, set_prompt_length, shared_tables
+from memjax.models.quantized import SCHEMES, parse_quantization, quantize_banks
+from memjax.runtime.sampling import Sampler, Sampling
+from memjax.runtime.tree import named, unnamed
+from tests.memory import test_bank
+from tests.memory.test_bank import STRATEGIES
+
+B, L, D, A = 2, 9, 8, 13
+POSITION = np.broadcast_to(np.arange(L), (B, L))
+QUIET = BankLossConfig(balance=0)
+GATHER = BankFormConfig(kind='gather')                                       # the form that compiles fastest
+ORACLE = {name: dataclasses.replace(bank, form=GATHER) for name, bank in test_bank.ORACLE.items()}
+routed = functools.partial(test_bank.routed, form=GATHER)
+NEAR = WindowConfig(heads=2, window=2)
+PRODUCT_KEY = ProductKeyConfig(heads=2, keys=4, top_k=3, key_width=6)
+
+
+def model_of(layers, mixers, **options):
+  """A decoder of these layers, without networks and repeats unless asked."""
+  mixers = {'att': AttentionConfig(heads=2), **mixers}
+  given = {'width': D, 'hidden': -1, 'vocabulary': A, 'prefix': tuple(layers), 'pattern': (), 'repeats': 0, **options}
+  return build_decoder(ModelConfig(mixers=mixers, **given))
+
+
+def draw(model, seed=1, size=.5):
+  """Parameters of the size of trained ones, zeros and ones included."""
+  rng = np.random.default_rng(seed)
+  return jax.tree.map(lambda a: jnp.asarray(size * rng.normal(size=a.shape), a.dtype), param_shapes(model)[0])
+
+
+def logits_of(model, params, token, position=POSITION, **context):
+  return model.apply({'params': params}, token, model.init_state(token.shape[0]), position_BxL=position, **context)[0]
+
+
+def tokens(seed=0, shape=(B, L)): return np.random.default_rng(seed).integers(0, A, shape).astype(np.int32)
+
+
+# A fresh bank ----------------------------------------------------------------------------------------------------------------
+
+FRESH = {name: ORACLE[name] for name in ('dense', 'narrow', 'reduced', 'shared')}
+CONTEXT = ContextConfig(heads=2, slots=3, ratio=2)
+
+
+def fresh(dtype):
+  """(logits of the finished initialised model with a bank of each variant, those of its host, without any)."""
+  mixers = {**FRESH, 'key': PRODUCT_KEY, 'context': CONTEXT}
+  layers = ['>'.join(['att', *mixers]), 'shared']                            # variant A, then variant B: a layer of its own
+  model = model_of(layers, mixers, hidden=8, dtype=dtype, grafted=('context',))
+  params = jax.jit(lambda key: init_params(model, key)[0])(jax.random.key(0))
+  params['prefix']['layer_1']['mlp']['down']['kernel'] *= 0                  # the second network of variant B, which the host lacks
+  host = model_of(['att'], {}, hidden=8, dtype=dtype)
+  flat, token = named(params), tokens()
+  bare = unnamed({path: flat[path] for path in named(param_shapes(host)[0])}, param_shapes(host)[0])
+  run = lambda model, params: jax.jit(lambda params: logits_of(model, params, token))(params)
+  return run(model, params), run(host, bare)
+
+
+def unchanged(dtype):
+  """None; asserts that fresh banks leave the logits of their host bit-equal."""
+  logits, host = fresh(dtype)
+  assert float(jnp.abs(host).max()) > 1e-3
+  np.testing.assert_array_equal(logits, host)
+
+
+def test_a_fresh_bank_leaves_the_logits_of_its_host_bit_equal():
+  """P2.2 in float32: every variant, chapters or not, in a layer of another memory and in one of its own."""
+  unchanged('float32')
+
+
+def test_a_fresh_bank_leaves_the_logits_of_its_host_bit_equal_in_bfloat16():
+  """In a process of its own: XLA may otherwise keep bfloat16 sums in float32 in one program and not in the other."""
+  flags = os.environ.get('XLA_FLAGS', '') + ' --xla_allow_excess_precision=false'
+  code = "import tests.conftest\nfrom tests.models.test_banks import unchanged\nunchanged('bfloat16')"
+  done = subprocess.run([sys.executable, '-c', code], env={**os.environ, 'XLA_FLAGS': flags}, capture_output=True, text=True, check=False)
+  assert done.returncode == 0, done.stderr
+
+
+def test_a_fresh_bank_first_trains_its_output_alone_then_everything():
+  """P2.3: |dW_O| > 0 and every other gradient of the bank exactly 0; after one step none is."""
+  model = model_of(['near>mem>key'], {'near': NEAR, 'mem': routed(loss=QUIET, mixing=MixingConfig(shared=1)), 'key': PRODUCT_KEY})
+  token, target = tokens(), tokens(1)[..., None]
+  def loss(params): return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits_of(model, params, token)), target, -1))
+  gradient, init = jax.jit(jax.grad(loss)), jax.jit(lambda key: init_params(model, key)[0])
+  params = jax.tree.map(lambda p: p * 5, init(jax.random.key(0)))                # gradients by entries of .02 would be tiny
+  first = gradient(params)
+  first, second = named(first), named(gradient(jax.tree.map(lambda p, g: p - .5 * g, params, first)))
+  bank = [path for path in first if '/mem/' in path or '/mixers_2/' in path]
+  assert len(bank) == 7 + 6
+  for path in bank:
+    assert np.asarray(first[path]).any() == path.endswith('out/kernel'), path
+    assert np.asarray(second[path]).any(), path
+
+
+def test_a_model_that_uses_no_bank_has_no_trace_of_one():
+  """P2.5: not a parameter, and the same computation."""
+  plain, described = model_of(['att'], {}), model_of(['att'], {'mem': routed(shape=BankShapeConfig(entries=20, chapters=5, share='x'))})
+  params = draw(plain)
+  assert named(param_shapes(plain)[0]).keys() == named(param_shapes(described)[0]).keys() and not shared_tables(described.config)
+  assert not any(word in path for path in named(params) for word in ('mem', 'bank', 'router'))
+  one, other = (str(jax.make_jaxpr(lambda p, m=m: logits_of(m, p, tokens()))(params)) for m in (plain, described))
+  assert one == other
+
+
+def test_what_is_prepared_once_is_what_is_computed_in_the_call():
+  """P2.6: of repeated, shared, factorised, stored and product-key tables."""
+  kv = parse_quantization('int8/kv')
+  shared = routed(shape=BankShapeConfig(entries=20, chapters=5, share='x'))
+  mixers = {'mem': ORACLE['weights over all'], 'one': shared, 'two': dataclasses.replace(shared, heads=4), 'key': PRODUCT_KEY,
+            'stored': dataclasses.replace(ORACLE['shared'], quant=kv)}
+  model = model_of(['att>one'], mixers, pattern=('mem+key', 'two'), repeats=2, suffix=('stored',))
+  params, token = draw(model), tokens()
+  prepared = jax.jit(lambda params: prepare_memories(model, params))(params)
+  assert set(prepared) == {'prefix', 'repeats', 'suffix'} and set(prepared['repeats']['layer_0']) == {'mem', 'key'}
+  run = jax.jit(lambda params, prepared: (logits_of(model, params, token), logits_of(model, params, token, prepared=prepared)))
+  computed, kept = run(params, prepared)
+  np.testing.assert_allclose(kept, computed, rtol=0, atol=1e-6 * np.abs(computed).max())
+  halved = jax.tree.map(lambda leaf: leaf // 2 if leaf.dtype == jnp.int8 else leaf / 2, prepared)
+  assert np.abs(run(params, halved)[1] - computed).max() > 1e-2             # it is what is used
+
+
+# Time ------------------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope='module')
+def timed():
+  """({name: model}, {name: parameters}): all causal strategies one after the other in one model, and one model for each other."""
+  banks = {name.replace('-', '_'): routed(**options, mixing=MixingConfig(shared=1, scale=2.0)) for name, options in STRATEGIES.items()}
+  build = lambda *names: model_of(['>'.join(['near', *names])], {'near': NEAR, **banks}, embedding=EmbeddingConfig(tie=False))
+  models = {'causal': build(*(name for name in banks if not name.startswith('sequence')))}
+  models |= {name: build(name) for name in banks if name.startswith('sequence')}
+  return models, {name: draw(model, size=1) for name, model in models.items()}
+
+
+PROMPT = 4                                               # tokens of it, where a strategy asks
+
+
+def start(model, rows=B):
+  return set_prompt_length(model.init_state(rows), jnp.full((rows,), PROMPT, jnp.int32))
+
+
+def test_no_strategy_but_two_sees_a_later_token(timed):
+  """P4.1, P4.2, P4.5: by value bit for bit, and by gradient; `sequence` and `sequence-rolling` are caught by the same test."""
+  models, params = timed
+  reset, t, token = np.zeros((B, L), bool), 5, np.broadcast_to(np.arange(L) % A, (B, L)).astype(np.int32)          # each token once a row
+  def logits(name, p, token):
+    return models[name].apply({'params': p}, token, start(models[name]), position_BxL=POSITION, reset_BxL=reset)[0]
+  run = jax.jit(lambda params, token: {name: logits(name, params[name], token) for name in models})
+  def early(p, name):
+    table = p['embed']['table']
+    return jnp.sum(jnp.sin(logits(name, {**p, 'embed': {'table': table}}, token)[0, :t + 1]))
+  gradient = jax.jit(lambda params: {name: jax.grad(early)(params[name], name)['embed']['table'] for name in models})(params)
+  changed = token.copy()
+  changed[0, t + 1:] = token[0, t + 1:] + 3
+  before, after = run(params, token), run(params, changed)
+  for name in models:
+    moved, size = np.abs(np.asarray(after[name] - before[name])).max(-1), np.abs(np.asarray(gradient[name])).max(-1)
+    assert not moved[1].any() and (size[:t + 1] > 0).all() and moved[0, t + 1:].any(), name
+    if name == 'causal': assert not moved[0, :t + 1].any() and not size[t + 1:].any(), name
+    else: assert moved[0, :t + 1].max() > 1e-2 and (size[t + 1:L] > 1e-4).all(), name
+
+
+def test_decoding_equals_the_full_forward_wherever_the_prompt_ends(timed):
+  """P4.3: a prompt of any length in one call, the rest token by token, for all causal strategies."""
+  model, params = timed[0]['causal'], timed[1]['causal']
+  token, at, reset = jnp.asarray(tokens()), jnp.arange(L), np.zeros((B, L), bool)
+  @jax.jit
+  def call(params, state, mask):
+    return model.apply({'params': params}, token, state, position_BxL=POSITION, reset_BxL=reset, mask_BxL=mask)[:2]
+  @jax.jit
+  def one_by_one(params, state, cut):
+    def step(state, now):
+      flow = {'reset_BxL': reset[:, :1], 'mask_BxL': jnp.broadcast_to(now >= cut, (B, 1)), 'position_BxL': jnp.broadcast_to(now, (B, 1))}
+      out, state, _ = model.apply({'params': params}, jax.lax.dynamic_slice_in_dim(token, now, 1, 1), state, **flow)
+      return state, out[:, 0]
+    state, out = jax.lax.scan(step, state, at)
+    return jnp.swapaxes(out, 0, 1), state
+  full, end = call(params, start(model), jnp.ones((B, L), bool))
+  for cut in range(L):
+    head = np.broadcast_to(np.arange(L) < cut, (B, L))
+    first, state = call(params, start(model), head)
+    rest, last = one_by_one(params, state, cut)
+    for a, b in zip(jax.tree.leaves((np.where(head[..., None], first, rest), last)), jax.tree.leaves((full, end)), strict=True):
+      np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * max(1, np.abs(b).max()), err_msg=f'cut at {cut}')
+  alone = call(params, set_prompt_length(start(model), jnp.zeros(B, jnp.int32)), jnp.ones((B, L), bool))[0]
+  assert np.abs(alone - full)[:, :PROMPT].max() > 1e-2                       # the length of the prompt is used
+
+
+def test_greedy_text_is_the_argmax_of_the_full_forward():
+  """With routers of several strategies in one model, prompts of several lengths, and a router that is told where they end."""
+  mixers = {'hybrid': routed(**STRATEGIES['hybrid']), 'key': PRODUCT_KEY,
+            'chunk': routed(**STRATEGIES['chunk'], shape=BankShapeConfig(entries=20, chapters=4, share='x')),
+            'rolling': routed(**STRATEGIES['rolling'], shape=BankShapeConfig(entries=20, chapters=5, share='x'))}
+  model = model_of(['hybrid+att', 'chunk>key>rolling'], mixers, embedding=EmbeddingConfig(tie=False))
+  params, prompts, new = draw(model, size=1), [np.array(row, np.int32) for row in ([1, 2, 3, 4, 5], [7], [9, 8, 7])], 6
+  sampler = Sampler(model, Sampling(temperature=0.0), chunk=new)
+  carry = sampler.start(params, prompts, 16)
+  after_prompt = np.asarray(carry[0])
+  carry, out = sampler.decode(params, carry, jnp.arange(3))
+  rows = [np.r_[prompt, more] for prompt, more in zip(prompts, out, strict=True)]
+  longest = max(map(len, rows))
+  token, mask = np.zeros((3, longest), np.int32), np.zeros((3, longest), bool)
+  for number, row in enumerate(rows): token[number, :len(row)], mask[number, :len(row)] = row, True
+  lengths = jnp.asarray([len(prompt) for prompt in prompts])
+  flow = {'mask_BxL': mask, 'reset_BxL': ~mask & False, 'position_BxL': np.broadcast_to(np.arange(longest), token.shape)}
+  call = jax.jit(lambda params, state: model.apply({'params': params}, token, state, **flow)[0])
+  full, flat = (np.asarray(call(params, set_prompt_length(model.init_state(3, longest), n))) for n in (lengths, 0 * lengths))
+  for number, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
+    np.testing.assert_array_equal(row[len(prompt):], full[number].argmax(-1)[len(prompt) - 1:len(row) - 1])
+    np.testing.assert_allclose(after_prompt[number], full[number, len(prompt) - 1], atol=1e-4)
+    np.testing.assert_allclose(carry[0][number], full[number, len(row) - 1], atol=1e-4)
+  assert len(set(np.asarray(out).ravel().tolist())) > 3 and np.abs(flat - full)[mask].max() > 1e-2        # the prompts' lengths matter
+
+
+def test_a_model_that_sees_the_future_does_not_generate(timed):
+  models, params = timed
+  with pytest.raises(UserError, match=r"^router\.strategy='sequence' sees the future: it cannot stream, generate"):
+    next(Sampler(models['sequence']).stream(params['sequence'], [[1, 2]], 3))
+
+
+# Sharing, the residual stream, losses ------------------------------------------------------------------------------------------
+
+def test_layers_that_share_a_table_hold_one_whose_gradients_add_up():
+  """P3.2: one for all, or one for every two memory layers; each layer has its own keys and values."""
+  own = ORACLE['dense']
+  shared = lambda name: dataclasses.replace(own, shape=dataclasses.replace(own.shape, share=name))
+  alone, together = model_of(['a', 'a', 'b'], {'a': own, 'b': own}), model_of(['a', 'a', 'b'], {'a': shared('x'), 'b': shared('x')})
+  two = model_of(['a', 'a', 'b', 'b', 'c'], {'a': shared('x'), 'b': shared('y'), 'c': shared('z')})
+  tables = lambda model: [path for path in named(param_shapes(model)[0]) if path.endswith('/entries')]
+  assert tables(together) == ['bank_x/entries'] and tables(two) == ['bank_x/entries', 'bank_y/entries', 'bank_z/entries']
+  assert len(tables(alone)) == 3 and len([path for path in named(param_shapes(together)[0]) if path.endswith('key/kernel')]) == 3
+  params = draw(together)
+  flat = {path: leaf for path, leaf in named(params).items() if not path.startswith('bank_x')}
+  separate = unnamed({**flat, **dict.fromkeys(tables(alone), params['bank_x']['entries'])}, param_shapes(alone)[0])
+  loss = lambda model, params: jnp.sum(jnp.sin(logits_of(model, params, tokens())))
+  one, many = jax.jit(lambda p, q: (jax.grad(loss, 1)(together, p), jax.grad(loss, 1)(alone, q)))(params, separate)
+  many = named(many)
+  np.testing.assert_allclose(one['bank_x']['entries'], sum(many[path] for path in tables(alone)), rtol=1e-4, atol=1e-5)
+  assert all(np.abs(many[path]).max() > 1e-3 for path in tables(alone))
+
+
+def test_a_router_may_look_at_the_residual_stream():
+  """input 'stream': the use of the chapters is that of softmax(residual W + b), here the embeddings; 'normed' cannot see their size."""
+  configs = {name: model_of(['mem'], {'mem': routed(input=name)}) for name in ('stream', 'normed')}
+  params, token = draw(configs['stream']), tokens()
+  larger = {**params, 'embed': {'table': 3 * params['embed']['table']}}
+  def entropy(model, params): return model.apply({'params': params}, token, model.init_state(B), position_BxL=POSITION)[2]['router_entropy']
+  found = jax.jit(lambda p, q: {name: (entropy(model, p), entropy(model, q)) for name, model in configs.items()})(params, larger)
+  router = params['prefix']['layer_0']['mixers']['mem']['router']
+  for table, got in zip((params['embed']['table'], larger['embed']['table']), found['stream'], strict=True):
+    logit = np.float64(table)[token] @ np.float64(router['kernel']) + np.float64(router['bias'])
+    share = np.exp(logit) / np.exp(logit).sum(-1, keepdims=True)
+    assert float(got) == pytest.approx(-(share * np.log(share)).sum(-1).mean(), rel=1e-5)
+  assert float(found['normed'][0]) == pytest.approx(float(found['normed'][1]), rel=1e-3)
+
+
+def test_router_losses_are_averaged_over_memory_layers():
+  """P6.4: two layers with different routers that see the same (the first adds nothing) have the mean of what each has alone."""
+  bank = routed(loss=BankLossConfig(balance=.5, auxiliary=.25, z=.125))
+  one, two = model_of(['mem'], {'mem': bank}), model_of(['mem', 'other', 'key'], {'mem': bank, 'other': bank, 'key': PRODUCT_KEY})
+  params, other, token = draw(one), draw(one, 2), tokens()
+  params['prefix']['layer_0']['mixers']['mem']['out']['kernel'] *= 0
+  other['embed'] = params['embed']
+  layers = {'layer_0': params['prefix']['layer_0'],
+            'layer_1': {**other['prefix']['layer_0'], 'norm_mixer': params['prefix']['layer_0']['norm_mixer'],
+                        'mixers': {'other': other['prefix']['layer_0']['mixers']['mem']}},
+            'layer_2': draw(two)['prefix']['layer_2']}
+  other['prefix']['layer_0'] = {**other['prefix']['layer_0'], 'norm_mixer': params['prefix']['layer_0']['norm_mixer']}
+  aux = lambda model, params: model.apply({'params': params}, token, model.init_state(B), position_BxL=POSITION)[2]
+  first, second, mean = jax.jit(lambda: (aux(one, params), aux(one, other), aux(two, {**params, 'prefix': layers})))()
+  assert abs(float(first['penalty']) - float(second['penalty'])) > .01
+  for name in ('penalty', 'router_balance', 'router_auxiliary', 'router_z', 'chapter_gini'):
+    assert float(mean[name]) == pytest.approx((float(first[name]) + float(second[name])) / 2, rel=1e-5), name
+
+
+# Stored integers ---------------------------------------------------------------------------------------------------------------
+
+def test_a_trained_model_may_store_its_banks_as_integers():
+  """Every scheme, of entries and of keys and values; shared, factorised and repeated tables; the other parameters are the same arrays."""
+  width = 32
+  shape = BankShapeConfig(entries=40, chapters=5)
+  mixers = {'own': routed(heads=1, shape=shape), 'one': routed(heads=1, shape=dataclasses.replace(shape, share='x')),
+            'two': routed(heads=1, shape=dataclasses.replace(shape, low_rank='factorized', rank=32))}
+  model = model_of(['one', 'two'], mixers, pattern=('own',), repeats=2, width=width)
+  params, token = draw(model, size=width ** -.5), tokens()
+  assert set(SCHEMES) == {'int8', 'int4', 'nf4'}
+  names = [*SCHEMES, 'int8/kv', 'nf4/kv']
+  stored = {name: quantize_banks(model.config, params, parse_quantization(name)) for name in names}
+  plain, out = jax.jit(lambda params, all_params: (
+      logits_of(model, params, token), {name: logits_of(build_decoder(stored[name][0]), p, token) for name, p in all_params.items()}))(
+      params, {name: p for name, (_, p) in stored.items()})
+  rms = lambda x: float(np.sqrt(np.mean(np.square(x))))
+  for name, logits in out.items():
+    assert 1e-4 < rms(logits - plain) / rms(plain - plain.mean()) < (.02 if name.startswith('int8') else .3), name
+  small = named(stored['int4'][1])
+  assert [path for path in small if path.endswith('codes')] == [
+      'bank_x/entries_codes', 'prefix/layer_1/mixers/two/bank/entries_codes', 'prefix/layer_1/mixers/two/bank/mix_codes',
+      'repeats/layer_0/mixers/own/bank/entries_codes']
+  assert small['bank_x/entries_codes'].shape == (40, 16) and small['repeats/layer_0/mixers/own/bank/entries_scale'].shape == (2, 40, 1)
+  assert all(named(params)[path] is leaf for path, leaf in small.items() if path in named(params)) and stored['nf4/kv'][1] is params
+  shapes = jax.tree.map(lambda a: (a.shape, a.dtype), param_shapes(build_decoder(stored['int4'][0]))[0])
+  assert jax.tree.map(lambda a: (a.shape, a.dtype), stored['int4'][1]) == shapes                      # what init makes
+  with pytest.raises(TypeError, match='grad requires real- or complex-valued inputs'):
+    jax.eval_shape(jax.grad(lambda p: jnp.sum(logits_of(build_decoder(stored['int8'][0]), p, token))), stored['int8'][1])
+
+
+def test_what_cannot_be_stored_is_refused():
+  for name in ('int3', 'int8/kvs', ''):
+    with pytest.raises(UserError, match=rf'^--quantize={name} is not one of int8, int4, nf4'): parse_quantization(name)
+  none, small = model_of(['att'], {}).config, model_of(['mem'], {'mem': routed()}).config
+  with pytest.raises(UserError, match=r'^there is nothing to quantise'): quantize_banks(none, {}, parse_quantization('int8'))
+  with pytest.raises(ConfigError, match=r'^mixers\.mem\.quant\.group=32 does not divide the 8 numbers of a row'):
+    quantize_banks(small, {}, parse_quantization('int4'))
