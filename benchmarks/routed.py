@@ -285,7 +285,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
   gpu, repeats = common.on_gpu(), a.repeats or (3 if a.tiny else 5)
   chosen = [n for n in ('probe', 'layer', 'memory', 'plain') if getattr(a, n)] or (['probe', 'layer'] if gpu else ['plain', 'memory'])
   dtype, example = 'bfloat16' if gpu else 'float32', TOY if a.tiny else EXAMPLE
-  result: dict[str, Any] = {'dtype': dtype, 'repeats': repeats, 'seeds': [0], 'small_shape': SMALL, 'example_shape': example, 'targets': []}
+  shapes = {'small_shape': SMALL._asdict(), 'example_shape': example._asdict()}
+  result: dict[str, Any] = {'dtype': dtype, 'repeats': repeats, 'seeds': [0], **shapes, 'targets': []}
   def keep(name, rows): result.update({name: rows}), common.save('routed', a.output, result, commit=a.commit)
   if 'probe' in chosen:
     size = Size(4096, 8, 256, 3, 4, 2, 64) if gpu else Size(256, 8, 32, 3, 4, 2, 16)
