@@ -272,7 +272,7 @@ def test_state_bytes_do_not_grow_with_the_text(tiny):
   assert size(full.init_state(1, 64)) > 1.9 * size(full.init_state(1, 32))
 
 
-SHIPPED = {'tiny': (), 'default': (), 'hamt_small': ('model.repeats=1',), 'attention_small': ('model.repeats=1',),
+SHIPPED = {'tiny': (), 'mat_tiny': (), 'default': (), 'hamt_small': ('model.repeats=1',), 'attention_small': ('model.repeats=1',),
            'wikitext2': ('model.repeats=1', 'model.vocabulary=1000'), 'hamt_seed': ('model.repeats=1', 'model.vocabulary=1000')}
 
 
