@@ -120,17 +120,22 @@ class Bank(Memory):
     table: Table = banks[c.shape.share] if c.shape.share else self.bank()
     chapters, kernels = max(c.shape.chapters, 1), (self.key.matrix(), self.value.matrix())
     split = lambda a: a.reshape(chapters, -1, self.groups, self.head_width)
-    if not isinstance(table.rows_MxD, Quantized) and not c.mixing.norm:
-      rows = table.rows_MxD.astype(self.dtype)
-      if table.mix_DxR is not None: kernels = tuple(table.mix_DxR.astype(self.dtype).T @ kernel for kernel in kernels)
-      k, v = (split(rows @ kernel) for kernel in kernels)
+    if isinstance(table.rows_MxD, Quantized):
+      made = jax.lax.map(lambda number: self._tokens(table, number) @ jnp.concatenate(kernels, 1), jnp.arange(chapters))
+      k, v = map(split, jnp.split(made, 2, -1))
     else:
-      def chapter(number):
-        tokens = scale_free_norm(table.tokens(number, chapters=chapters, dtype=self.dtype), c.mixing.norm, c.mixing.norm_epsilon)
-        return tuple(tokens @ kernel for kernel in kernels)
-      k, v = map(split, jax.lax.map(jax.checkpoint(chapter), jnp.arange(chapters)))
+      fold = table.mix_DxR is not None and not c.mixing.norm
+      if fold: kernels = tuple(table.mix_DxR.astype(self.dtype).T @ kernel for kernel in kernels)
+      rows = table.rows_MxD.astype(self.dtype) if fold else self._tokens(table)
+      k, v = (split(rows @ kernel) for kernel in kernels)
     if c.quant.target == 'kv': k, v = (quantize(a, bits=c.quant.bits, scheme=c.quant.scheme, group=c.quant.group) for a in (k, v))
     return Prepared(k, v)
+
+  def _tokens(self, table: Table, chapter: jax.Array | None = None) -> jax.Array:
+    """The entries [M, D] (of one chapter: [T, D]) as keys and values are made of them, normed where the config says so."""
+    c = self.config
+    tokens = table.tokens(chapter, chapters=max(c.shape.chapters, 1), dtype=self.dtype)
+    return scale_free_norm(tokens, c.mixing.norm, c.mixing.norm_epsilon)
 
   def write(self, state: RouterState, inputs: BankInputs) -> RouterState:
     """The statistic after one more token."""

@@ -59,7 +59,7 @@ def read_slots(query_LxHxD: jax.Array, bank: Bank, see_LxS: jax.Array) -> tuple[
   weight = jnp.exp(jnp.where(see, logits - top, -jnp.inf))
   total = jnp.sum(weight, -1, keepdims=True)
   weight = weight / jnp.where(total > 0, total, 1)
-  mixed = jnp.einsum('hls,sd->lhd', weight.astype(slots.dtype), slots, preferred_element_type=wide)
+  mixed = jnp.einsum('hls,sd->hld', weight.astype(slots.dtype), slots, preferred_element_type=wide).swapaxes(0, 1)
   return mixed.astype(query_LxHxD.dtype), jax.lax.stop_gradient(weight.mean(0))
 
 
