@@ -26,8 +26,8 @@ from memjax.models.decoder import build_decoder, param_shapes
 from memjax.runtime.flops import count_flops
 
 STRATEGIES = {'bank, token': 'token', 'bank, prefix-mean': 'prefix-mean', 'bank, chunk': 'chunk', 'bank, sequence': 'sequence'}
-NAMES = ('bank, token', 'vanilla, equal parameters', 'vanilla, equal FLOPs', 'vanilla', 'bank, sequence', 'bank, prefix-mean', 'bank, chunk',
-         'vanilla, equal FLOPs of one row')
+NAMES = ('bank, token', 'vanilla, equal parameters', 'vanilla, equal FLOPs', 'vanilla', 'bank, sequence', 'bank, prefix-mean',
+         'bank, chunk', 'vanilla, equal FLOPs of one row')
 
 
 def bank_config(strategy: str, a: Any) -> BankConfig:

@@ -12,7 +12,7 @@ import shlex
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from benchmarks import report_figures, report_text
+from benchmarks import report_banks, report_figures, report_text
 
 RESULTS = pathlib.Path(__file__).parent / 'results'
 DOCS = pathlib.Path(__file__).parent.parent / 'docs'
@@ -159,10 +159,23 @@ def resume(result: dict[str, Any]) -> list[str]:
           'those of the run left alone.', '']
 
 
+def banks(result: dict[str, Any]) -> list[str]:
+  """Memory banks against transformers."""
+  return report_banks.banks(result, table, cell)
+
+
+def routed(result: dict[str, Any]) -> list[str]:
+  """Routed attention: times, memory, errors."""
+  return report_banks.routed(result, table, cell) + goals(result['targets'])
+
+
+CAPTIONS = {**report_text.CAPTIONS, **report_banks.CAPTIONS}
+ABOUT, READINGS = {**report_text.ABOUT, **report_banks.ABOUT}, {**report_text.READINGS, **report_banks.READINGS}
 SECTIONS = (                                # title, benchmark, key that must hold something, body, figure
   ('Mixing', 'holographic', 'rows', mixing, 'mixing'), ('Whole layers', 'holographic', 'layers', layers, ''),
   ('Recall', 'recall', 'rows', recall, 'recall'), ('Decoding', 'decode', 'rows', decode, ''),
   ('Capacity', 'capacity', 'keyed', capacity, ''), ('Language modelling', 'language', 'rows', language, 'language'),
+  ('Memory banks', 'banks', 'rows', banks, 'banks'), ('Routed attention', 'routed', 'example_shape', routed, ''),
   ('Resume', 'resume', 'kills', resume, ''))
 
 
@@ -178,10 +191,10 @@ def page(results: dict[str, dict[str, Any]], figures: Sequence[str] = ()) -> str
   for title, kind, key, body, figure in SECTIONS:
     found = {name: r for name, r in results.items() if r['benchmark'].partition('-')[0] == kind and r.get(key)}
     if not found: continue
-    lines += [f'## {title}', '', report_text.ABOUT[title], '']
-    if figure in figures: lines += [f'![{report_text.CAPTIONS[figure]}](figures/{figure}.png)', '']
+    lines += [f'## {title}', '', ABOUT[title], '']
+    if figure in figures: lines += [f'![{CAPTIONS[figure]}](figures/{figure}.png)', '']
     for name, result in found.items():
-      reading = report_text.READINGS.get((title, name))
+      reading = READINGS.get((title, name))
       lines += [f'### {title}: {name.removeprefix(kind).strip("-")}', '', *([reading(result, results), ''] if reading else [])]
       lines += [*origin(result), *body(result)]
   text = '\n'.join(lines)

@@ -104,7 +104,32 @@ def language(results, figure) -> bool:
   return True
 
 
-DRAWINGS = {'mixing': (mixing, (8, 4.2)), 'recall': (recall, (8, 4.6)), 'language': (language, (8, 3.9))}
+def banks(results, figure) -> bool:
+  """For each text validation loss over steps and test scores; a cross is a leaking router once it is causal."""
+  found = {r['options']['name']: r for r in results.values() if r['benchmark'].startswith('banks-') and r['machine']['platform'] == 'gpu'}
+  if not found: return False
+  colours = dict(zip(('bank, token', 'vanilla, equal parameters', 'vanilla, equal FLOPs', 'bank, sequence'), STYLE.values(), strict=False))
+  panels = figure.subplots(len(found), 2, squeeze=False, width_ratios=(3, 2))
+  for (curves, scores), (name, result) in zip(panels, sorted(found.items()), strict=True):
+    rows = [r for r in result['rows'] if r['model'] in colours]
+    words = result['options']['tokens'] == 'words'
+    seeds, causal = ('perplexity_seeds', 'causal_perplexity') if words else ('bits_per_byte_seeds', 'causal_bits_per_byte')
+    for place, row in enumerate(rows):
+      colour, marker = colours[row['model']]
+      mean = [sum(p['valid']) / len(p['valid']) for p in row['curve']]
+      curves.plot([p['step'] for p in row['curve']], mean, color=colour, marker=marker, label=row['model'])
+      scores.plot([place] * len(row[seeds]), row[seeds], marker, color=colour, linestyle='none')
+      if causal not in row: continue
+      scores.plot(place, row[causal], 'x', color=colour, markersize=11, markeredgewidth=3, label='routed by the past alone')
+    curves.set(title=f'{name}: validation', xlabel='step', ylabel='nats a token')
+    scores.set(title=f'{name}: test', ylabel='perplexity' if words else 'bits per byte', xlim=(-0.5, len(rows) - 0.5))
+    scores.set_xticks(range(len(rows)), [r['model'].replace(', ', ',\n').replace('equal ', 'equal\n') for r in rows], fontsize=9)
+    curves.legend(fontsize=9)
+    scores.legend(fontsize=9)
+  return True
+
+
+DRAWINGS = {'mixing': (mixing, (8, 4.2)), 'recall': (recall, (8, 4.6)), 'language': (language, (8, 3.9)), 'banks': (banks, (9, 7))}
 
 
 def draw_all(results: dict[str, dict[str, Any]], folder: pathlib.Path) -> list[str]:

@@ -92,8 +92,9 @@ def recall_preset_h200(result, _):
   get = lambda name: _row(result, name, setting='preset')['accuracy']
   return (f'What lifts the small_state preset ({get("small_state"):.3f}) is signed addresses: unit-norm content routers reach '
           f'{get("content slots"):.3f}, signed ones {get("signed slots"):.3f}, above the target that the preset misses. Starting near the '
-          f'identity matters most ({get("identity 0"):.3f} without it), as do the norm of the read ({get("no norm"):.3f} without) and phases '
-          f'({get("bipolar"):.3f} with bipolar keys); decay, gates and taps change little. Three rows of the list did not fit the time.')
+          f'identity matters most ({get("identity 0"):.3f} without it), as do the norm of the read ({get("no norm"):.3f} without) '
+          f'and phases ({get("bipolar"):.3f} with bipolar keys); decay, gates and taps change little. Three rows of the list did not '
+          'fit the time.')
 
 
 def decode_h200(result, _):
