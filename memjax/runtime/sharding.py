@@ -13,7 +13,8 @@ from memjax.config.schema import MeshConfig
 
 AXES = ('data', 'fsdp', 'model')
 ROWS = ('data', 'fsdp')
-RULES = {'batch': ROWS, 'embed': 'fsdp', 'heads': 'model', 'hidden': 'model', 'vocabulary': 'model'}
+RULES = {'batch': ROWS, 'embed': 'fsdp', 'heads': 'model', 'hidden': 'model', 'vocabulary': 'model',
+         'chapters_model': 'model', 'chapters_fsdp': 'fsdp'}
 
 
 def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
