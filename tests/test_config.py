@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from memjax.config import mixers, schema
+from memjax.config import attention, mixers, schema
 from memjax.config.banks import BankConfig, BankShapeConfig, RouterConfig
 from memjax.config.codec import clashes, describe, diff, freeze, from_json, read_config, thaw, to_json
 from memjax.config.errors import ConfigError, UserError
@@ -34,7 +34,7 @@ EVERY_KIND = Config(model=ModelConfig(width=64, mixers={kind: cls(key_width=64) 
                                                          for kind, cls in MIXERS.items()}))
 MEM, ADDRESS, KEEP = 'model.mixers.mem.', 'model.mixers.mem.address.', 'model.mixers.mem.keep.'
 BINDING, TIERS, FORM = 'model.mixers.mem.binding.', 'model.mixers.mem.tiers.', 'model.mixers.mem.form.'
-GROUP = 'optimizer.groups.main.'
+GROUP, ROPE = 'optimizer.groups.main.', 'model.mixers.full.rope.'
 
 # Overrides of BASE in words, and the path and text of the refusal. Each rule of mixers.py and schema.py has one at least.
 REFUSED = [
@@ -42,6 +42,16 @@ REFUSED = [
   ('model.mixers.full.head_width=5', 'config.model.mixers.full.head_width=5 is odd'),
   ('model.mixers.full.heads=7', 'config.model.mixers.full.heads=7 does not divide width=64'),
   ('model.mixers.full.heads=64', 'config.model.mixers.full.heads=64 leaves 1 channels a head'),
+  ('model.mixers.full.qk_norm_epsilon=1e-5', 'config.model.mixers.full.qk_norm_epsilon applies to qk_norm, which is off'),
+  (f'{ROPE}kind=linear model.mixers.full.rotary=0', "config.model.mixers.full.rope.kind='linear' needs rotary"),
+  (f'{ROPE}kind=yarn {ROPE}original=8 model.mixers.full.rotary_base=1', "full.rope.kind='yarn' needs rotary_base above 1"),
+  (f'{ROPE}factor=2', 'config.model.mixers.full.rope.factor=2 applies to a stretched kind, not to default'),
+  (f'{ROPE}kind=yarn', 'full.rope.original=0 goes with kind llama3 and yarn, and only with them'),
+  (f'{ROPE}kind=linear {ROPE}original=8', 'full.rope.original=8 goes with kind llama3 and yarn, and only with them'),
+  (f'{ROPE}low_factor=2', 'full.rope.low_factor applies to kind llama3, not to default'),
+  (f'{ROPE}kind=llama3 {ROPE}original=8 {ROPE}beta_slow=2', 'full.rope.beta_slow applies to kind yarn, not to llama3'),
+  (f'{ROPE}kind=llama3 {ROPE}original=8 {ROPE}low_factor=4', 'full.rope.high_factor=4 must be above low_factor=4'),
+  (f'{ROPE}kind=yarn {ROPE}original=8 {ROPE}beta_slow=33', 'full.rope.beta_fast=32 must not be below beta_slow=33'),
   (f'{BINDING}transform=fft', 'config.model.mixers.mem.binding.transform='),
   (f'{BINDING}position=random {BINDING}kind=none', 'binding.position='),
   (f'{BINDING}position=fractional {BINDING}kind=bipolar', "binding.position='fractional' needs phases"),
@@ -130,6 +140,8 @@ DIRECT = [(lambda: ModelConfig(mixers={'mem': HolographicConfig()}, pattern=('me
           (lambda: ModelConfig(mixers={'attention': BlockConfig()}), 'mixers.attention is not the config of a memory'),
           (lambda: ModelConfig(mixers={'a': bank(entries=8), 'b': bank(entries=9)}, pattern=('a',)),
            'mixers.b and mixers.a share the bank'),
+          (lambda: ModelConfig(mixers={'a': BankConfig(dropout=.1), 'b': BankConfig()}, pattern=('b+a',)),
+           "mixers.a.dropout goes with a stage of its own, not with 'b+a'"),
           (lambda: Config(model=ModelConfig(mixers={'attention': bank(chapters=4)})), 'attention.router.strategy sees the future')]
 
 
@@ -167,7 +179,7 @@ def rules(module):
       yield node.lineno, ''.join(re.escape(part.value) if isinstance(part, ast.Constant) else '.*' for part in parts)
 
 
-@pytest.mark.parametrize('module', [mixers, schema], ids=['mixers', 'schema'])
+@pytest.mark.parametrize('module', [attention, mixers, schema], ids=['attention', 'mixers', 'schema'])
 def test_every_rule_has_a_case(module, base):
   messages = [refusal(overrides, base) for overrides, _ in REFUSED]
   for build, says in DIRECT:

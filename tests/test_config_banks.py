@@ -69,6 +69,8 @@ REFUSED = [
   (lambda: BankQuantConfig(bits=4, scheme='nf4', group=0, train='learned'), "train='learned' has one step a row"),
   (lambda: BankFormConfig(kind='scan', block=8), 'block=8 applies to tiles, not to scan'),
   (lambda: BankFormConfig(kind='tiles', gather_limit_mb=1), 'gather_limit_mb=1 applies to kind auto, not to tiles'),
+  (lambda: BankFormConfig(kind='dense', token_chunk=2), 'token_chunk=2 does not apply to kind dense'),
+  (lambda: BankFormConfig(kind='dense', remat=False), 'remat=False does not apply to kind dense'),
   (lambda: BankConfig(kv_heads=3), 'kv_heads=3 does not divide heads=8'),
   (lambda: BankConfig(dropout=-.5), 'dropout=-0.5 is neither -1 (inherit) nor a share'),
   (lambda: BankConfig(shape=BankShapeConfig(low_rank='reduced', rank=12)), 'shape.rank=12 is not a multiple of heads=8'),

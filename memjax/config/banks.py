@@ -126,6 +126,7 @@ class BankFormConfig:
   def __post_init__(self):
     if self.kind not in ('auto', 'tiles'): _unused(self, {'block': 0}, f'applies to tiles, not to {self.kind}')
     if self.kind != 'auto': _unused(self, {'gather_limit_mb': 1024}, f'applies to kind auto, not to {self.kind}')
+    if self.kind == 'dense': _unused(self, {'token_chunk': 0, 'remat': True}, 'does not apply to kind dense')
 
 
 @mixer('bank')
@@ -217,6 +218,11 @@ def check_bank_width(path: str, mixer_config: Any, width: int) -> bool:
   refuse(bool(quant.group) and row % quant.group != 0, f'{path}.quant.group={quant.group} does not divide the {row} numbers of a row')
   refuse(quant.bits == 4 and row % 2 == 1, f'{path}.quant.bits=4 packs pairs; a row has {row} numbers')
   return True
+
+
+def own_dropout(mixer_config: Any) -> float:
+  """The dropout that a bank sets for its output, -1 where it is that of the block (and for other kinds)."""
+  return mixer_config.dropout if mixer_config.kind in BANKS else -1.0
 
 
 def sees_future(mixer_config: Any) -> bool:

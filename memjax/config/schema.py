@@ -2,7 +2,7 @@
 import re
 
 import memjax.config.context  # noqa: F401  registers the kind
-from memjax.config.banks import check_bank_width, sees_future, shared_table, table_of
+from memjax.config.banks import check_bank_width, own_dropout, sees_future, shared_table, table_of
 from memjax.config.errors import ConfigError, refuse
 from memjax.config.mixers import MIXERS, SEEDS, AttentionConfig
 from memjax.config.options import config, option
@@ -84,6 +84,8 @@ class ModelConfig:
         refuse(len(set(names)) != len(names), f'{where} layer {layer!r} names a mixer twice')
         for some, gated in stages(layer):
           refuse(gated and len(some) != 2, f'{where} layer {layer!r} gates {len(some)} mixers; a gate needs two')
+          for name in some if len(some) > 1 else ():
+            refuse(own_dropout(self.mixers[name]) >= 0, f"mixers.{name}.dropout goes with a stage of its own, not with {layer!r}")
     for name in self.grafted: refuse(name not in self.mixers, f'grafted names {name!r}, {known}')
     refuse(not self.depth, 'pattern, prefix and suffix together hold no layers')
     attends = any(isinstance(mixer, AttentionConfig) for mixer in self.mixers.values())

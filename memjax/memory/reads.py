@@ -21,12 +21,11 @@ def read_chapters(config: Any, q_ZxHxK: jax.Array, choice: tuple, kv: tuple) -> 
   mixing, form, shared = c.mixing, c.form, shared_entries(kv, config.mixing.shared, q_ZxHxK.dtype)
   mode = mixing.combine if c.shape.chapters else 'joint'
   given = dict(log_weight_ZxJ=log_weight_ZxJ)
+  options = dict(impl=form.kind, block=form.block, token_chunk=form.token_chunk, gather_limit=form.gather_limit_mb << 20, remat=form.remat)
   if mode == 'legacy_scale':
-    impl = 'tiles' if form.kind == 'auto' else form.kind
-    y = attend_scaled_entries(q_ZxHxK, k, v, ids_ZxJ, shared=mixing.shared, scale=mixing.scale, impl=impl, block=form.block, **given)
+    y = attend_scaled_entries(q_ZxHxK, k, v, ids_ZxJ, shared=mixing.shared, scale=mixing.scale, **given, **options)
     return y.reshape(y.shape[0], -1)
   given |= dict(mode=mode, routed_scale=mixing.scale, shared_kv=shared)
-  options = dict(impl=form.kind, block=form.block, token_chunk=form.token_chunk, gather_limit=form.gather_limit_mb << 20, remat=form.remat)
   mesh = jax.sharding.get_abstract_mesh()
   if form.kind == 'dense':
     y = attend_all_chapters(q_ZxHxK, as_float(k, q_ZxHxK.dtype), as_float(v, q_ZxHxK.dtype), ids_ZxJ, **given)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
-from memjax.config.banks import BANKS
+from memjax.config.banks import own_dropout
 from memjax.config.schema import ModelConfig, mixer_names, stages
 from memjax.layers.linear import Linear, dropout
 from memjax.layers.mlp import MLP, hidden_width
@@ -76,7 +76,7 @@ class Mixers(nn.Module):
 
 def branch_dropout(config: ModelConfig, names: tuple[str, ...]) -> float:
   """The dropout of a stage's output: its mixer's own, or that of the block."""
-  own = getattr(config.mixers[names[0]], 'dropout', -1.0) if len(names) == 1 and config.mixers[names[0]].kind in BANKS else -1.0
+  own = own_dropout(config.mixers[names[0]]) if len(names) == 1 else -1.0
   return own if own >= 0 else config.block.dropout
 
 
@@ -92,22 +92,22 @@ class Layer(nn.Module):
     c, block, dtype = self.config, self.config.block, compute_dtype(self.config)
     pre = block.placement == 'pre'
     norm = lambda name: make_norm(block.norm, epsilon=block.norm_epsilon, dtype=dtype, name=name)
-    def residual(x, branch, name, rate, noise):
+    def residual(x, branch, *, name, rate, noise):
       y = branch(norm(name)(x) if pre else x)
       x = x + dropout(y, rate, noise)
       return nn.with_logical_constraint(x if pre else norm(name)(x), ('batch', None, None))
     new, aux = {}, {}
     for number, (names, gated) in enumerate(stages(self.layer)):
       suffix, own = (f'_{number}', fold(key, 16 + number)) if number else ('', key)
-      def mixers(x, names=names, gated=gated, suffix=suffix, own=own, stream=x_BxLxD):
+      def mixers(x, *, names=names, gated=gated, suffix=suffix, own=own, stream=x_BxLxD):
         y, state, told = Mixers(c, names, gated, name=f'mixers{suffix}')(
             x, states, flow, stream_BxLxD=stream, key=fold(own, 0), prepared=prepared or {}, collect=collect)
         new.update(state)
         aux.update(told)
         return y
-      x_BxLxD = residual(x_BxLxD, mixers, f'norm_mixer{suffix}', branch_dropout(c, names), fold(own, 1))
+      x_BxLxD = residual(x_BxLxD, mixers, name=f'norm_mixer{suffix}', rate=branch_dropout(c, names), noise=fold(own, 1))
     if c.hidden >= 0:
       mlp = MLP(hidden_width(c.width, c.hidden, block.activation), block.activation, block.bias, block.dropout if not pre else 0.0,
                 block.init_std, dtype, block.mlp_out_std, name='mlp')
-      x_BxLxD = residual(x_BxLxD, lambda x: mlp(x, key=fold(key, 2)), 'norm_mlp', block.dropout, fold(key, 3))
+      x_BxLxD = residual(x_BxLxD, lambda x: mlp(x, key=fold(key, 2)), name='norm_mlp', rate=block.dropout, noise=fold(key, 3))
     return x_BxLxD, new, aux

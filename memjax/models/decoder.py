@@ -30,9 +30,9 @@ class Period(nn.Module):
   collect: bool = False
 
   @nn.compact
-  def __call__(self, x_BxLxD: jax.Array, states: dict, key: jax.Array | None, prepared: dict, flow: Flow):
-    """(x, (states, aux)) with one entry a layer, 'layer_0', 'layer_1', ..."""
-    new, aux = {}, {}
+  def __call__(self, x_BxLxD: jax.Array, states: dict, given: tuple[jax.Array | None, dict], flow: Flow):
+    """(x, (states, aux)) with one entry a layer, 'layer_0', 'layer_1', ...; `given` is a key and what the memories prepared."""
+    (key, prepared), new, aux = given, {}, {}
     for number, layer in enumerate(self.layers):
       name = f'layer_{number}'
       x_BxLxD, new[name], aux[name] = Layer(self.config, layer, name=name)(
@@ -81,7 +81,7 @@ class Decoder(nn.Module):
     new, aux = {}, {}
     for number, part in enumerate(self.stacks):
       x_BxLxD, (new[part], aux[part]) = self._stack(part, remat, collect)(
-          x_BxLxD, state[part], self._keys(part, fold(key, number + 1)), (prepared or {}).get(part, {}), flow)
+          x_BxLxD, state[part], (self._keys(part, fold(key, number + 1)), (prepared or {}).get(part, {})), flow)
     x_BxLxD = make_norm(c.block.norm, epsilon=c.block.norm_epsilon, dtype=dtype, name='norm')(x_BxLxD)
     if c.embedding.tie: logits_BxLxA = embed.attend(x_BxLxD)
     else:
@@ -95,7 +95,7 @@ class Decoder(nn.Module):
   def _stack(self, part: str, remat: bool, collect: bool) -> nn.Module:
     kind = nn.remat(Period, prevent_cse=part != 'repeats') if remat else Period
     if part != 'repeats': return kind(self.config, self.stacks[part], collect, name=part)
-    scan = nn.scan(kind, variable_axes={'params': 0}, split_rngs={'params': True}, in_axes=(1, 0, 0, nn.broadcast),
+    scan = nn.scan(kind, variable_axes={'params': 0}, split_rngs={'params': True}, in_axes=(1, 0, nn.broadcast),
                    out_axes=(1, 0), length=self.config.repeats, metadata_params={nn.PARTITION_NAME: 'layers'})
     return scan(self.config, self.stacks[part], collect, name=part)
 

@@ -24,7 +24,7 @@ AHEAD = {'router.strategy': 'sequence', 'router.allow_noncausal': True}
 ROLLING, CHUNK = {'router.strategy': 'rolling', 'router.window': 2}, {'router.strategy': 'chunk', 'router.block': 2}
 ROUNDED = {'quant.bits': 4, 'quant.group': 8, 'quant.train': 'straight'}
 STORED = {'quant.bits': 4, 'quant.group': 4}
-TILES = {'form.kind': 'tiles'}
+TILES, LEGACY = {'form.kind': 'tiles'}, {'mixing.combine': 'legacy_scale'}
 
 # (fields, what they change, the rest of the config where they apply), the effects as in tests/memory/test_options.py and
 #   inference: the result of the model that evaluates      axes: the logical axes of the parameters
@@ -54,7 +54,9 @@ BANK = [
     ({'quant.train': 'straight'}, 'shape', STORED), ({'quant.group': 0, 'quant.train': 'learned'}, 'shape', STORED),
     *(({'form.kind': name}, 'trace', {}) for name in ('scan', 'tiles', 'capacity', 'dense')), ({'form.kind': 'gather'}, 'trace', TILES),
     ({'form.block': 4}, 'trace', TILES), ({'form.token_chunk': 3}, 'trace', {}), ({'form.gather_limit_mb': 0}, 'trace', {}),
-    ({'form.remat': False}, 'trace', {'form.token_chunk': 3}), ({'form.axis': 'model'}, 'axes', {}), ({'form.axis': 'fsdp'}, 'axes', {}),
+    ({'form.remat': False}, 'trace', {'form.token_chunk': 3}), ({'form.gather_limit_mb': 0}, 'trace', LEGACY),
+    ({'form.token_chunk': 3}, 'trace', LEGACY), ({'form.remat': False}, 'trace', LEGACY), ({'form.block': 4}, 'trace', {**LEGACY, **TILES}),
+    ({'form.axis': 'model'}, 'axes', {}), ({'form.axis': 'fsdp'}, 'axes', {}),
 ]
 PRODUCT_KEY = [
     ({'heads': 4}, 'shape', {}), ({'keys': 5}, 'shape', {}), ({'top_k': 2}, 'output', {}), ({'key_width': 6}, 'shape', {}),
