@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import common, decode, holographic, language, language_models, recall, recall_rows
+from benchmarks import banks, common, decode, holographic, language, language_models, recall, recall_rows, routed
 
 ABSENT = ('ml_collections', 'grain', 'orbax', 'tokenizers', 'tensorboardX')
 
@@ -144,3 +144,25 @@ def test_imports_need_no_training_libraries():
   done = subprocess.run([sys.executable, '-c', f'{block}from benchmarks import {names}'], cwd=Path(__file__).parent.parent,
                         capture_output=True, text=True, check=False)
   assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_banks(tmp_path):
+  text, path = tmp_path / 't.txt', tmp_path / 'b.json'
+  text.write_text('To be, or not to be, that is the question. ' * 20)
+  texts = [word for split in ('train', 'valid', 'test') for word in (f'--{split}', str(text))]
+  sizes = '--small --width 16 --heads 2 --length 16 --batch 2 --steps 4 --warmup 1 --eval_every 2 --per_call 2'
+  models = 'bank, token;vanilla, equal parameters;bank, sequence'
+  banks.main([*texts, *sizes.split(), '--entries', '16', '--chapters', '4', '--top_k', '2', '--models', models, '--output', str(path)])
+  rows = {row['model']: row for row in check(path, 'banks')['rows']}
+  assert rows['bank, sequence']['noncausal_routing'] and not rows['bank, token']['noncausal_routing']
+  assert rows['bank, sequence']['causal_perplexity'] > 0 and 'causal_perplexity' not in rows['bank, token']
+  assert abs(rows['vanilla, equal parameters']['parameters'] / rows['bank, token']['parameters'] - 1) < 0.05
+
+
+@pytest.mark.slow
+def test_routed(tmp_path):
+  path = tmp_path / 'r.json'
+  routed.main(['--tiny', '--plain', '--layer', '--only', 'auto', '--repeats', '1', '--output', str(path)])
+  saved = check(path, 'routed', 'layer')
+  assert not any('error' in row for row in saved['layer'] + saved['small']) and len(saved['targets']) == 4
