@@ -21,7 +21,7 @@ from benchmarks import common
 from memjax.config.mixers import AddressConfig, AttentionConfig, HolographicConfig, KeepConfig
 from memjax.config.schema import ModelConfig
 from memjax.models.decoder import build_decoder, init_params
-from memjax.ops.attention import rotate
+from memjax.ops.rope import frequencies, rotate
 
 VOCABULARY = 256
 MIXERS = {
@@ -56,7 +56,7 @@ def plain_model(*, width: int, layers: int, dtype: str, heads: int = 8):
 
   def attend(layer, x_BxD, cache, position_B):
     q, k, v = jnp.split((x_BxD @ layer['qkv'].astype(dtype)).reshape(1, 1, 3 * heads, K), 3, 2)
-    q, k = (rotate(a, position_B[:, None], 10_000.0) for a in (q, k))
+    q, k = (rotate(a, position_B[:, None], frequencies(K, 10_000.0)) for a in (q, k))
     put = lambda old, new: jax.lax.dynamic_update_slice(old, new.reshape(heads, K, 1), (0, 0, position_B[0]))
     keys_HxKxM, values_HxKxM = put(cache[0], k), put(cache[1], v)
     logits_HxM = jnp.einsum('hk,hkm->hm', q[0, 0], keys_HxKxM, preferred_element_type=jnp.float32) * K ** -0.5

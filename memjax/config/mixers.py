@@ -1,6 +1,7 @@
 """One frozen dataclass per memory kind. The codec writes and reads the tag `kind`; 0 and '' mean off or automatic."""
 from typing import TypeVar
 
+from memjax.config.attention import RopeConfig
 from memjax.config.errors import refuse
 from memjax.config.options import config, option
 
@@ -27,7 +28,9 @@ class AttentionConfig:
   head_width: int = option(0, 'channels per head; 0 = width / heads', low=0)
   rotary: bool = option(True, 'rotary position embedding (Su et al. 2021)')
   rotary_base: float = option(10_000.0, 'longest rotary wavelength / 2 pi', low=1.0)
+  rope: RopeConfig = option(RopeConfig(), 'rotary frequencies for longer texts')
   qk_norm: bool = option(False, 'RMS norm of queries and keys per head')
+  qk_norm_epsilon: float = option(1e-6, 'inside the square root of that norm', low=1e-12)
   bias: bool = option(False, 'biases on the query, key and value projections')
   out_bias: bool = option(False, 'bias on the output projection')
 
@@ -35,6 +38,9 @@ class AttentionConfig:
     refuse(bool(self.kv_heads) and self.heads % self.kv_heads != 0,
            f'kv_heads={self.kv_heads} does not divide heads={self.heads}')
     refuse(self.rotary and self.head_width % 2 == 1, f'head_width={self.head_width} is odd; rotary needs pairs')
+    refuse(self.rope.kind != 'default' and not self.rotary, f'rope.kind={self.rope.kind!r} needs rotary')
+    refuse(self.rope.kind == 'yarn' and self.rotary_base <= 1, "rope.kind='yarn' needs rotary_base above 1")
+    refuse(self.qk_norm_epsilon != 1e-6 and not self.qk_norm, 'qk_norm_epsilon applies to qk_norm, which is off')
 
 
 @mixer('window')

@@ -6,7 +6,8 @@ from flax import struct
 from memjax.layers.linear import Linear
 from memjax.layers.norm import RMSNorm
 from memjax.memory.base import Memory, both, real_resets
-from memjax.ops.attention import attend, attend_ring, attend_window, rotate
+from memjax.ops.attention import attend, attend_ring, attend_window
+from memjax.ops.rope import frequencies, magnitude, rotate
 
 
 @struct.dataclass
@@ -36,7 +37,8 @@ class Attention(Memory):
     self.value = Linear(self.groups * self.head_width, ('embed', 'heads'), name='value', **inner)
     self.out = Linear(self.width, ('heads', 'embed'), use_bias=c.out_bias, zero=self.grafted, name='out',
                       **shared | {'std': self.out_std or self.std})
-    if c.qk_norm: self.query_norm, self.key_norm = (RMSNorm(dtype=self.dtype, name=n) for n in ('query_norm', 'key_norm'))
+    if c.qk_norm:
+      self.query_norm, self.key_norm = (RMSNorm(c.qk_norm_epsilon, self.dtype, name=n) for n in ('query_norm', 'key_norm'))
 
   @property
   def head_width(self) -> int:
@@ -62,7 +64,9 @@ class Attention(Memory):
     split = lambda a, heads: a.reshape(*a.shape[:2], heads, self.head_width)
     q, k = split(self.query(x_BxLxD), self.config.heads), split(self.key(x_BxLxD), self.groups)
     if self.config.qk_norm: q, k = self.query_norm(q), self.key_norm(k)
-    if self.config.rotary: q, k = (rotate(a, position_BxL, self.config.rotary_base) for a in (q, k))
+    if self.config.rotary:
+      frequency_1 = frequencies(self.head_width, self.config.rotary_base, self.config.rope)
+      q, k = (rotate(a, position_BxL, frequency_1, scale=magnitude(self.config.rope)) for a in (q, k))
     return AttentionInputs(q, k, split(self.value(x_BxLxD), self.groups))
 
   def write(self, state: AttentionState, inputs: AttentionInputs) -> AttentionState:

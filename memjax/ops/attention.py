@@ -5,17 +5,6 @@ import jax.numpy as jnp
 BLOCK = 1024  # queries scored at once by the dense form, so that its logits stay [B, H, BLOCK, M]
 
 
-def rotate(x_BxLxHxK: jax.Array, position_BxL: jax.Array, base: float) -> jax.Array:
-  """x with its two halves rotated as pairs by position * base^(-2i/K), in float32 (rotary embedding, Su et al. 2021)."""
-  half = x_BxLxHxK.shape[-1] // 2
-  frequency_1 = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-  angle_BxLx1xK = position_BxL.astype(jnp.float32)[:, :, None, None] * frequency_1.reshape(1, 1, 1, -1)
-  cos, sin = jnp.cos(angle_BxLx1xK), jnp.sin(angle_BxLx1xK)
-  wide = x_BxLxHxK.astype(jnp.promote_types(jnp.float32, x_BxLxHxK.dtype))
-  a, b = wide[..., :half], wide[..., half:]
-  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BxLxHxK.dtype)
-
-
 def _attend(q_BxLxHxK: jax.Array, k_BxMxGxK: jax.Array, v_BxMxGxK: jax.Array, see_BxLxM: jax.Array) -> jax.Array:
   B, L, H, K = q_BxLxHxK.shape
   G = k_BxMxGxK.shape[2]

@@ -26,6 +26,8 @@ HRR, UNITARY, SLOT = {'binding.kind': 'hrr'}, {'binding.kind': 'unitary'}, {'kee
 RANDOM, FRACTIONAL = {'binding.position': 'random'}, {'binding.position': 'fractional'}
 GELU = {'block.activation': 'gelu'}
 CONTRAST = {'loss.contrastive': 1.0}
+YARN = {'rope.kind': 'yarn', 'rope.factor': 4.0, 'rope.original': 64, 'rotary_base': 10.0}
+LLAMA3 = {**YARN, 'rope.kind': 'llama3'}
 
 # (field, value, what it changes, the rest of the config where the field applies)
 #   shape: the parameters       start: their first values       output: the result, from equal parameters
@@ -73,6 +75,10 @@ HOLOGRAPHIC = [
 ATTENTION = [
     ('heads', 4, 'shape', {'head_width': 2}), ('kv_heads', 1, 'shape', {}), ('head_width', 2, 'shape', {}), ('rotary', False, 'output', {}),
     ('rotary_base', 10.0, 'output', {'rotary_base': 1e4}), ('qk_norm', True, 'shape', {}), ('bias', True, 'shape', {}),
+    ('qk_norm_epsilon', 0.5, 'output', {'qk_norm': True}), ('rope.kind', 'linear', 'output', {'rope.factor': 3.0}),
+    ('rope.kind', 'llama3', 'output', YARN), ('rope.kind', 'yarn', 'output', LLAMA3), ('rope.factor', 3.0, 'output', YARN),
+    ('rope.original', 20, 'output', YARN), ('rope.low_factor', 3.0, 'output', LLAMA3), ('rope.high_factor', 9.0, 'output', LLAMA3),
+    ('rope.beta_fast', 2.0, 'output', YARN), ('rope.beta_slow', 5.0, 'output', YARN), ('rope.attention_factor', 2.0, 'output', YARN),
     ('out_bias', True, 'shape', {}),
 ]
 DECODER = [
@@ -90,7 +96,9 @@ DECODER = [
 ]
 TABLE = [('holographic', *row) for row in HOLOGRAPHIC] + [('attention', *row) for row in ATTENTION]
 TABLE += [('window', *row) for row in [*ATTENTION, ('window', 5, 'output', {})]] + [('model', *row) for row in DECODER]
-TOGETHER = ('embedding.position', 'embedding.max_position')           # each is refused without the other
+# Pairs of a field and another that is refused without it: the other one changes with it.
+TOGETHER = {('embedding.position', 'embedding.max_position'), ('embedding.max_position', 'embedding.position'),
+            ('rope.kind', 'rope.factor')}
 
 
 def change(config, fields):
@@ -134,7 +142,7 @@ class Memory:
   @functools.cached_property
   def out(self):
     y, _, aux = self.call(self.params)
-    return np.asarray(y), float(aux['penalty'])
+    return np.asarray(y), float(aux.get('penalty', 0.0))
 
   @functools.cached_property
   def trace(self):
@@ -181,7 +189,7 @@ def differs(a, b):
 @pytest.mark.parametrize(('kind', 'path', 'value', 'effect', 'rest'), TABLE,
                          ids=[f'{kind}.{path}={"other" if isinstance(value, dict) else value}' for kind, path, value, *_ in TABLE])
 def test_option(kind, path, value, effect, rest):
-  before = {name: old for name, old in rest.items() if not (path in TOGETHER and name in TOGETHER)}
+  before = {name: old for name, old in rest.items() if (path, name) not in TOGETHER}
   if path == 'embedding.max_position': before = {**rest, path: 8}
   old = find(kind, before)
   if effect == 'float64':
