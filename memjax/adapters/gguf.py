@@ -101,9 +101,9 @@ class _Cursor:
     """The next u32 (4) or u64 (10) as a Python integer."""
     return int(self.number(code, what))
 
-  def string(self, what, limit=MAX_STRING):
-    """The next string; raises where it is longer than the limit or no UTF-8."""
-    length = self.integer(10, f'the length of {what}')
+  def string(self, what, limit=0):
+    """The next string; raises where it is longer than `limit` (0: MAX_STRING) or no UTF-8."""
+    length, limit = self.integer(10, f'the length of {what}'), limit or MAX_STRING
     self.need(length, 1, what)
     if length > limit: raise self.fault(what, f'{length} bytes, {limit} at most')
     try:

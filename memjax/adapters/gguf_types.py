@@ -11,7 +11,7 @@ import numpy as np
 
 from memjax.config.errors import UserError, shown
 
-CHUNK = 1 << 17                      # numbers decoded or encoded at once: bounds what is held beside the result
+CHUNK = 1 << 16                      # numbers decoded or encoded at once: bounds what is held beside the result
 FLOATS = tuple(np.dtype(name) for name in (np.float16, ml_dtypes.bfloat16, np.float32, np.float64))
 
 
@@ -179,7 +179,7 @@ def _encode_q8_0(x):
 def _symmetric(x, half):
   """(d, codes 0 to 2 half - 1): d = e / -half for the signed number e of largest magnitude, code = floor(x / d + half + .5)."""
   d = np.take_along_axis(x, np.abs(x).argmax(1)[:, None], 1) / np.float32(-half)
-  codes = np.trunc(x.astype(np.float64) * _inverse(d) + (half + 0.5))
+  codes = np.trunc((x.astype(np.float64) * _inverse(d) + (half + 0.5)).astype(np.float32))        # rounded before cut, as `gguf` does
   return d, np.clip(codes, 0, 2 * half - 1).astype(np.uint8)
 
 
