@@ -23,7 +23,7 @@ ALIGNMENT, ALIGNMENT_KEY = 32, 'general.alignment'
 SCALARS = {0: np.uint8, 1: np.int8, 2: np.uint16, 3: np.int16, 4: np.uint32, 5: np.int32, 6: np.float32, 7: np.bool_,
            10: np.uint64, 11: np.int64, 12: np.float64}
 STRING, ARRAY = 8, 9
-MAX_KEYS, MAX_TENSORS, MAX_ITEMS = 1 << 16, 1 << 17, 1 << 22       # items: strings and inner arrays of all arrays together
+MAX_KEYS, MAX_TENSORS, MAX_ITEMS = 1 << 14, 1 << 15, 1 << 21       # items: strings in all arrays; an array in an array counts as 64
 MAX_NAME, MAX_STRING, MAX_NESTING, MAX_DIMENSIONS = (1 << 16) - 1, 1 << 26, 4, 4
 _LENGTH = struct.Struct('<Q')
 _DTYPES = {code: np.dtype(kind).newbyteorder('<') for code, kind in SCALARS.items()}
@@ -113,11 +113,11 @@ class _Cursor:
     self.at += length
     return text
 
-  def claim(self, count, width, what):
-    """None; counts items that become Python objects, and raises beyond what the file holds or the limit allows."""
+  def claim(self, count, width, *, what, weight=1):
+    """None; counts what becomes Python objects, and raises beyond what the file holds or the limit allows."""
     self.need(count, width, what)
-    self.items += count
-    if self.items > MAX_ITEMS: raise self.fault(what, f'{self.items} strings and arrays in arrays, {MAX_ITEMS} at most')
+    self.items += count * weight
+    if self.items > MAX_ITEMS: raise self.fault(what, f'{self.items} strings (an inner array is 64) in all arrays, {MAX_ITEMS} at most')
 
 
 def _map(path):
@@ -171,7 +171,7 @@ def _read_value(cursor, code, what, depth=0):
   if inner in SCALARS: return _read_numbers(cursor, inner, count, what)
   if inner == STRING: return _read_strings(cursor, count, what)
   if inner != ARRAY: raise cursor.fault(what, f'unknown element type {inner}')
-  cursor.claim(count, 12, what)
+  cursor.claim(count, 12, what=what, weight=64)
   return [_read_value(cursor, ARRAY, f'{what}[{i}]', depth + 1) for i in range(count)]
 
 
@@ -189,7 +189,7 @@ def _read_numbers(cursor, code, count, what):
 
 def _read_strings(cursor, count, what):
   """A list of strings; the loop of `_Cursor.string` written out, since a vocabulary has hundreds of thousands."""
-  cursor.claim(count, 8, what)
+  cursor.claim(count, 8, what=what)
   data, at, size, out = cursor.data, cursor.at, cursor.size, []
   for i in range(count):
     cursor.at = at

@@ -173,6 +173,7 @@ def plain(value):
 def tensors():
   x = np.random.default_rng(2).normal(0, 0.02, (6, 64)).astype(np.float32)
   return {f't.{name}': source(x * (i + 1), name) for i, name in enumerate(ENCODED)} | {
+    **{f'n.{name}': source(numbers(), name) for name in ENCODED},
     'bias': source(x[0], 'F32'), 'cube': source(x.reshape(2, 3, 2, 32).astype(ml_dtypes.bfloat16), 'BF16')}
 
 
@@ -276,6 +277,14 @@ def test_self_check_sees_a_flipped_bit(at, tmp_path, monkeypatch):
   with pytest.raises(UserError) as caught: write_gguf(path, {'some.key': 'some value'}, entries)
   assert f'{path}.failed' in str(caught.value) and '\n' not in str(caught.value)
   assert path.read_bytes() == good and sorted(os.listdir(tmp_path)) == ['a.gguf', 'a.gguf.failed']
+
+
+def test_check_sees_a_wrong_encoder(tmp_path, monkeypatch):
+  """Bytes that are as they were written, but do not decode to the numbers."""
+  x = numbers()[8:]
+  monkeypatch.setattr(gguf_write, 'encode', lambda kind, x: encode(kind, x[::-1]))
+  for kind in ('Q8_0', 'Q4_0', 'Q5_1'):
+    with pytest.raises(UserError, match='further off'): write_gguf(tmp_path / 'a.gguf', {}, {'t': source(x, kind)})
 
 
 def test_check_sees_other_sources(tmp_path):

@@ -188,7 +188,8 @@ def test_limits(tmp_path, monkeypatch):
   strings = key(array(STRING, 6, text('a') * 6), ARRAY)
   assert MAX_ITEMS > 1 << 20 and MAX_STRING > 1 << 24
   more, long = key(array(STRING, 6, text('a') * 6), ARRAY, 'b'), text('a' * 11)
-  for keys, words in (([strings, more], '12 strings'), ([key(long, STRING)], '10 at most'), ([strings], ''),
+  nested = key(array(ARRAY, 1, array(U32, 0)), ARRAY)
+  for keys, words in (([strings, more], '12 strings'), ([nested], '64 strings'), ([key(long, STRING)], '10 at most'), ([strings], ''),
                       ([key(array(STRING, 1, long), ARRAY)], '10 at most')):
     line = refusal(tmp_path / 'a.gguf', build(keys))[0]
     assert words in line and bool(line) == bool(words)
