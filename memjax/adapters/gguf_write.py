@@ -40,9 +40,9 @@ def write_gguf(path: str | os.PathLike, metadata: Mapping[str, Any], tensors: Ma
   """Relative RMS errors of the quantised tensors; writes a GGUF file of version 3, checks it, and puts it at `path` in one step.
 
   Metadata values: bool, str, int (u32, i32, u64 or i64, the first that fits), float (f32), numpy scalars and one-dimensional
-  arrays (as they are), lists of one of these, nested lists; an empty list is one of strings. 'general.alignment' is obeyed.
-  Holds one tensor at a time. Raises UserError for what cannot be written; then `path` is as it was. Where the check fails,
-  what was written stays as `path`.failed.
+  arrays (as they are), lists of one of these (integers: i32, u32, i64 or u64), nested lists; an empty list is one of strings.
+  'general.alignment' is obeyed. Holds one tensor at a time. Raises UserError for what cannot be written; then `path` is as it
+  was. Where the check fails, what was written stays as `path`.failed.
   """
   path = os.fspath(path)
   if os.path.isdir(path): raise UserError(f'{path} cannot be written: it is a folder')
@@ -176,7 +176,7 @@ def _value(value):
   if isinstance(value, str): return STRING, _text(value)
   if isinstance(value, list | tuple): return ARRAY, _list(value)
   if isinstance(value, bool): value = np.bool_(value)
-  if isinstance(value, int): value = SCALARS[_integer_code([value])](value)
+  if isinstance(value, int): value = SCALARS[_integer_code([value], (4, 5, 10, 11))](value)
   if isinstance(value, float) and not isinstance(value, np.generic): value = _float(value)
   dtype = np.dtype(getattr(value, 'dtype', object)).newbyteorder('=')
   if dtype not in CODES or np.ndim(value) > 1: raise UserError(f'{shown(value)} is no value of GGUF')
@@ -192,14 +192,14 @@ def _list(values):
   if kinds <= {str}: return struct.pack('<IQ', STRING, len(values)) + b''.join(map(_text, values))
   if kinds == {list}: return struct.pack('<IQ', ARRAY, len(values)) + b''.join(_value(value)[1] for value in values)
   if kinds == {bool}: return _value(np.array(values, bool))[1]
-  if kinds == {int}: return _value(np.array(values, SCALARS[_integer_code(values)]))[1]
+  if kinds == {int}: return _value(np.array(values, SCALARS[_integer_code(values, (5, 4, 11, 10))]))[1]
   if kinds == {float}: return _value(np.array([_float(value) for value in values]))[1]
   raise UserError(f'a list holds values of one kind, not {shown(values)}')
 
 
-def _integer_code(values):
-  """The first of u32, i32, u64, i64 that holds all values (one alone, or the elements of a list)."""
-  for code in (4, 5, 10, 11):
+def _integer_code(values, codes):
+  """The first of the integer types that holds all values. Numbers prefer u32, lists i32: what llama.cpp expects of each."""
+  for code in codes:
     limits = np.iinfo(SCALARS[code])
     if limits.min <= min(values) and max(values) <= limits.max: return code
   raise UserError(f'{max(values, key=abs)} takes more than 64 bits')
