@@ -22,14 +22,15 @@ def attend_all_chapters(q_ZxHxK, k_PxTxGxK, v_PxTxGxV, ids_ZxJ, *, log_weight_Zx
   y_shared, lse_shared = _shared(q, shared_kv, scale, wide)
   if mode == 'mixture':
     share = jnp.where(column(chosen_ZxP), column(routed_scale * jnp.exp(log_weight_ZxP)), 0) * jnp.ones_like(lse)
-    return _join(score, lse, share, v_PxTxGxV, (y_shared, None), q_ZxHxK)
+    return _join(score, lse, share, v_PxTxGxV, shared=(y_shared, None), like=q_ZxHxK)
   bias = jnp.log(jnp.asarray(routed_scale, wide)) + (column(log_weight_ZxP) if mode == 'joint_bias' else 0)
   seen = jnp.where(column(chosen_ZxP), lse + bias, -jnp.inf)
   every = seen if lse_shared is None else jnp.concatenate([seen, lse_shared[..., None]], -1)
   top = jax.lax.stop_gradient(jnp.maximum(every.max(-1, keepdims=True), jnp.finfo(wide).min))
   mass = jnp.exp(every - top)
   share = mass / jnp.maximum(mass.sum(-1, keepdims=True), jnp.finfo(wide).tiny)
-  return _join(score, lse, share[..., :P], v_PxTxGxV, (y_shared, None if lse_shared is None else share[..., P]), q_ZxHxK)
+  beside = y_shared, None if lse_shared is None else share[..., P]
+  return _join(score, lse, share[..., :P], v_PxTxGxV, shared=beside, like=q_ZxHxK)
 
 
 def _shared(q_ZxGxRxK, shared_kv, scale, wide):
@@ -40,7 +41,7 @@ def _shared(q_ZxGxRxK, shared_kv, scale, wide):
   return jnp.einsum('zgrm,mgv->zgrv', p, shared_kv[1], preferred_element_type=wide), jax.nn.logsumexp(score, -1)
 
 
-def _join(score, lse, share, v_PxTxGxV, shared, like):
+def _join(score, lse, share, v_PxTxGxV, *, shared, like):
   """y [Z, H, V] of the chapters' probabilities times their share, plus that of the shared entries."""
   p = (jnp.exp(score - lse[..., None]) * share[..., None]).astype(like.dtype)
   y = jnp.einsum('zgrpt,ptgv->zgrv', p, v_PxTxGxV, preferred_element_type=score.dtype)
