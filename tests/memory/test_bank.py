@@ -304,6 +304,13 @@ def test_a_strategy_that_sees_the_future_has_no_step_and_carries_no_state(name):
     jax.eval_shape(lambda: memory.init(jax.random.key(0), x, memory.init_state(B), position_BxL=jnp.zeros((B, 1), jnp.int32)))
 
 
+def test_the_arrays_of_an_empty_state_are_distinct():
+  """Evaluation and generation donate the state: one array twice would be an error there."""
+  for name, options in STRATEGIES.items():
+    leaves = jax.tree.leaves(make_memory(routed(**options), D).init_state(B))
+    assert len({id(leaf) for leaf in leaves}) == len(leaves) == {'prefix-mean': 2, 'rolling': 2, 'chunk': 3, 'hybrid': 4}.get(name, 0), name
+
+
 # Gradients of the router -----------------------------------------------------------------------------------------------------
 
 def test_each_loss_and_each_combination_reaches_the_router_or_not():
