@@ -1,6 +1,6 @@
 """Where arrays live: the mesh of a config, logical axis names to mesh axes, batches over devices. Plain JAX."""
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,11 +10,9 @@ from jax.sharding import PartitionSpec as P
 
 from memjax.config.errors import UserError
 from memjax.config.schema import MeshConfig
+from memjax.layers.axes import ROWS, spec_for
 
 AXES = ('data', 'fsdp', 'model')
-ROWS = ('data', 'fsdp')
-RULES = {'batch': ROWS, 'embed': 'fsdp', 'heads': 'model', 'hidden': 'model', 'vocabulary': 'model',
-         'chapters_model': 'model', 'chapters_fsdp': 'fsdp'}
 
 
 def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
@@ -42,20 +40,6 @@ def check_batch(mesh: Mesh, batch: int, accumulate: int = 1) -> None:
   if batch % (ways * accumulate):
     raise UserError(f'training.batch={batch} in {accumulate} micro-batches does not split over {ways} devices '
                     f'(mesh.data x mesh.fsdp); use a multiple of {ways * accumulate} or a smaller mesh.data')
-
-
-def spec_for(axes: Iterable | None, shape: tuple[int, ...], mesh: Mesh) -> P:
-  """Partition of one array: each named axis on its mesh axes, where they divide it and are not used before."""
-  used, spec = set(), []
-  names = tuple(axes or ())
-  for name, size in zip(names + (None,) * (len(shape) - len(names)), shape, strict=True):
-    target = RULES.get(name)
-    names = (target,) if isinstance(target, str) else target or ()
-    ways = math.prod(mesh.shape[n] for n in names)
-    fits = ways > 1 and size % ways == 0 and size > 0 and not used.intersection(names)
-    used.update(names if fits else ())
-    spec.append(target if fits else None)
-  return P(*spec)
 
 
 def shardings_for(axes_tree: Any, mesh: Mesh, shapes: Any) -> Any:

@@ -1,0 +1,24 @@
+"""The logical axis names of parameters and batches, and the axes of a mesh that they are split over."""
+import math
+from collections.abc import Iterable
+
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+ROWS = ('data', 'fsdp')
+RULES = {'batch': ROWS, 'embed': 'fsdp', 'heads': 'model', 'hidden': 'model', 'vocabulary': 'model',
+         'chapters_model': 'model', 'chapters_fsdp': 'fsdp'}
+
+
+def spec_for(axes: Iterable | None, shape: tuple[int, ...], mesh: Mesh) -> P:
+  """Partition of one array: each named axis on its mesh axes, where they divide it and are not used before."""
+  used, spec = set(), []
+  names = tuple(axes or ())
+  for name, size in zip(names + (None,) * (len(shape) - len(names)), shape, strict=True):
+    target = RULES.get(name)
+    names = (target,) if isinstance(target, str) else target or ()
+    ways = math.prod(mesh.shape[n] for n in names)
+    fits = ways > 1 and size % ways == 0 and size > 0 and not used.intersection(names)
+    used.update(names if fits else ())
+    spec.append(target if fits else None)
+  return P(*spec)
