@@ -46,7 +46,7 @@ class RouterConfig:
   top_k: int = option(4, 'J, routed chapters a token reads', low=1)
   window: int = option(128, 'tokens averaged by rolling and hybrid', low=1)
   block: int = option(64, 'tokens of a block of chunk', low=1)
-  input: str = option('normed', 'the normalised input, or the residual stream before the norm', choices=('normed', 'stream'))
+  input: str = option('normed', 'the normalised input, or the residual stream at the entry of the layer', choices=('normed', 'stream'))
   kind: str = option('linear', 'one logit row a chapter, or sums of two half-keys', choices=('linear', 'product_key'))
   weight_norm: str = option('topk', 'weights sum to one over the chosen chapters, or over all', choices=('topk', 'full'))
   allow_noncausal: bool = option(False, 'allow a strategy that sees the future; results carry the tag noncausal_routing')

@@ -124,7 +124,7 @@ class Memory(nn.Module):
           prepared: Any = None, collect: bool = False) -> tuple[jax.Array, State, Aux]:
     """(y [B, L, E] before the readout, state, aux): what a wiring needs to weigh memories against each other.
 
-    `stream_BxLxD` is the residual stream before the norm that made x, `banks` the tables that layers share, `prepared` what
+    `stream_BxLxD` is the residual stream at the entry of the layer, `banks` the tables that layers share, `prepared` what
     `prepare` gave, where the caller kept it.
     """
     if reset_BxL is None: reset_BxL = position_BxL == 0

@@ -55,7 +55,7 @@ class Mixers(nn.Module):
   @nn.compact
   def __call__(self, x_BxLxD: jax.Array, states: dict, flow: Flow, *, stream_BxLxD: jax.Array, key: jax.Array | None,
                prepared: dict, collect: bool):
-    """(y [B, L, D], states, {name: aux}) of x, the normalised residual stream `stream_BxLxD`."""
+    """(y [B, L, D], states, {name: aux}) of x; `stream_BxLxD` is the residual stream at the entry of the layer."""
     c, dtype, names = self.config, compute_dtype(self.config), self.names
     x_BxLxD, out, new, aux = only_real(x_BxLxD, flow.mask_BxL), [], {}, {}
     given = {**vars(flow), 'stream_BxLxD': only_real(stream_BxLxD, flow.mask_BxL), 'collect': collect}
@@ -96,12 +96,12 @@ class Layer(nn.Module):
       y = branch(norm(name)(x) if pre else x)
       x = x + dropout(y, rate, noise)
       return nn.with_logical_constraint(x if pre else norm(name)(x), ('batch', None, None))
-    new, aux = {}, {}
+    new, aux, entry_BxLxD = {}, {}, x_BxLxD
     for number, (names, gated) in enumerate(stages(self.layer)):
       suffix, own = (f'_{number}', fold(key, 16 + number)) if number else ('', key)
-      def mixers(x, *, names=names, gated=gated, suffix=suffix, own=own, stream=x_BxLxD):
+      def mixers(x, *, names=names, gated=gated, suffix=suffix, own=own):
         y, state, told = Mixers(c, names, gated, name=f'mixers{suffix}')(
-            x, states, flow, stream_BxLxD=stream, key=fold(own, 0), prepared=prepared or {}, collect=collect)
+            x, states, flow, stream_BxLxD=entry_BxLxD, key=fold(own, 0), prepared=prepared or {}, collect=collect)
         new.update(state)
         aux.update(told)
         return y

@@ -9,6 +9,7 @@ from memjax.config.schema import ModelConfig
 from memjax.runtime.tree import named, unnamed
 
 BIAS = 'selection_bias'
+LOAD = 'load'                          # what the model's aux calls the use of chapters
 
 
 def is_bias(path: str) -> bool:

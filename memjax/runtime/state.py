@@ -12,7 +12,7 @@ from memjax.config.errors import UserError
 from memjax.config.schema import Config, ModelConfig, mixer_names
 from memjax.models.decoder import init_params, param_shapes
 from memjax.runtime import optim, sharding
-from memjax.runtime.balance import move_biases
+from memjax.runtime.balance import LOAD, move_biases
 from memjax.runtime.losses import Totals, token_losses
 from memjax.runtime.tree import named, unnamed
 
@@ -96,7 +96,7 @@ def make_forward(model: Any, config: Config) -> Callable:
       return jax.lax.stop_gradient(memory), (totals, aux)
     memory, (totals, aux) = jax.lax.scan(body, memory, (jnp.arange(number), cut))
     share = totals.tokens / jnp.maximum(jnp.sum(totals.tokens), 1)
-    return jax.tree.map(lambda x: jnp.sum(x, 0), totals), jax.tree.map(lambda x: jnp.tensordot(share, x, 1), aux), memory
+    return jax.tree.map(lambda x: jnp.sum(x, 0), totals), _of_parts(aux, share), memory
 
   def forward(params, memory, batch, key):
     if not training.carry: memory = model.init_state(batch['token'].shape[0], training.length if training.bptt else 0)
@@ -104,6 +104,12 @@ def make_forward(model: Any, config: Config) -> Callable:
     totals, aux, memory = (segments if training.bptt else call)(params, memory, batch, key)
     return totals, aux, jax.lax.stop_gradient(memory) if training.carry else ()
   return forward
+
+
+def _of_parts(aux: dict, share_N: jax.Array) -> dict:
+  """aux of parts [N, ..] as one: the use of chapters added up, all else averaged by the share of each part."""
+  mean = lambda x: jnp.tensordot(share_N, x, 1)
+  return {name: jax.tree.map(lambda x: x.sum(0), value) if name == LOAD else mean(value) for name, value in aux.items()}
 
 
 def make_gradient(model: Any, optimizer: optim.Optimizer, config: Config) -> Callable:
@@ -122,7 +128,7 @@ def make_gradient(model: Any, optimizer: optim.Optimizer, config: Config) -> Cal
     total = jnp.maximum(jnp.sum(batch['weight'], dtype=jnp.int32), 1)
     def objective(trainable, memory, part, key):
       totals, aux, memory = forward(unnamed({**trainable, **frozen}, params), memory, part, key)
-      aux = jax.tree.map(lambda value: value * (totals.tokens / total), aux)
+      aux = {name: value if name == LOAD else value * (totals.tokens / total) for name, value in aux.items()}
       return totals.nats / total + aux['penalty'], (totals, aux, memory)
     grad = jax.grad(objective, has_aux=True)
     if number == 1:
@@ -157,7 +163,7 @@ def make_train_step(model: Any, optimizer: optim.Optimizer, config: Config,
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(norm) & jnp.isfinite(totals.nats + aux['penalty'])
     params, opt_state = optim.apply(optimizer, grads, state.opt_state, state.params)
-    params = move_biases(config.model, params, aux.pop('load', {}))
+    params = move_biases(config.model, params, aux.pop(LOAD, {}))
     keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
     skipped = jnp.where(finite, 0, state.skipped + 1)
     new = TrainState(state.step + 1, keep(params, state.params), keep(opt_state, state.opt_state), state.key,
