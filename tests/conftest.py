@@ -24,3 +24,10 @@ def _log_level():
   """Commands run in a test set the level of the library's logger; the next test finds it as it was."""
   yield
   standard_logging.getLogger('memjax').setLevel(standard_logging.NOTSET)
+
+
+def pytest_collection_modifyitems(items):
+  """What one process runs (`--dist loadgroup`): a file, or of the laws one memory, so that compiled fixtures are shared."""
+  for item in items:
+    memory = item.callspec.params.get('name', '') if 'laws' in item.path.parts and hasattr(item, 'callspec') else ''
+    item.add_marker(pytest.mark.xdist_group(f'{item.path.stem}-{memory}' if memory else str(item.path)))
