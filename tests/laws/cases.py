@@ -53,15 +53,12 @@ FULL = {
     'holographic-tiers': holographic(tiers=TiersConfig(kind='consolidate', interval=4), form=FormConfig()),
     'holographic-seed': HolographicSeedConfig(key_width=8, slots=2, dropout=0.0),
     'bank': bank(),
-    'bank-dense': BankConfig(heads=2, shape=BankShapeConfig(entries=12)),
-    'bank-prefix': bank(strategy='prefix-mean'),
-    'bank-rolling': bank(strategy='rolling', window=3),
     'bank-chunk': bank(strategy='chunk', block=3),
     'product-key': ProductKeyConfig(heads=2, keys=4, top_k=3, key_width=8),
     'context': ContextConfig(heads=2, kv_heads=1, slots=3, ratio=2, out_gate='silu'),
 }
 
-# Scan, Step, Split, Mask and Causal run on these.
+# Scan, Step, Mask and Reach run on these; as slow tests, like all that the default suite has no time for.
 MORE = {
     'bipolar-before': holographic(binding=BindingConfig(kind='bipolar'), read=ReadConfig(order='before', norm='full', out_gate='silu')),
     'unitary-reads': holographic(binding=BindingConfig(kind='unitary'), reads=2, keep=KeepConfig(kind='static')),
@@ -78,6 +75,9 @@ MORE = {
     'tiers-learned': holographic(tiers=TiersConfig(kind='consolidate', interval=2, mix='learned', source='item', hard=True),
                                  form=FormConfig()),
     'tiers-controller': holographic(tiers=TiersConfig(kind='consolidate', interval=3, controller=True), form=FormConfig()),
+    'bank-dense': BankConfig(heads=2, shape=BankShapeConfig(entries=12)),
+    'bank-prefix': bank(strategy='prefix-mean'),
+    'bank-rolling': bank(strategy='rolling', window=3),
     'bank-hybrid': bank(strategy='hybrid', inference='hybrid', window=2),
     'bank-shared': bank(MixingConfig(combine='joint_bias', shared=1, scale=2.0, norm='rms'), kv_heads=1, input='stream'),
     'bank-joint': bank(MixingConfig(combine='joint', shared=1), loss=BankLossConfig(balance=.1, auxiliary=.1, z=.1)),

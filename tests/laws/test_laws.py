@@ -68,7 +68,7 @@ def close(actual, expected, tolerance=1e-5):
 
 
 full = pytest.mark.parametrize('name', sorted(FULL))
-every = pytest.mark.parametrize('name', sorted(EVERY))
+every = pytest.mark.parametrize('name', [*sorted(FULL), *(pytest.param(name, marks=pytest.mark.slow) for name in sorted(MORE))])
 
 
 def test_every_registered_kind_is_tested():

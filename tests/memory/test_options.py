@@ -186,8 +186,14 @@ def differs(a, b):
   return any(not np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 
-@pytest.mark.parametrize(('kind', 'path', 'value', 'effect', 'rest'), TABLE,
-                         ids=[f'{kind}.{path}={"other" if isinstance(value, dict) else value}' for kind, path, value, *_ in TABLE])
+def timed(row):
+  """The row as a parameter; those of holographic memory, the most, are slow."""
+  kind, path, value, *_ = row
+  slow = [pytest.mark.slow] if kind == 'holographic' else []
+  return pytest.param(*row, id=f'{kind}.{path}={"other" if isinstance(value, dict) else value}', marks=slow)
+
+
+@pytest.mark.parametrize(('kind', 'path', 'value', 'effect', 'rest'), map(timed, TABLE))
 def test_option(kind, path, value, effect, rest):
   before = {name: old for name, old in rest.items() if (path, name) not in TOGETHER}
   if path == 'embedding.max_position': before = {**rest, path: 8}
