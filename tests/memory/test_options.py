@@ -193,7 +193,7 @@ def timed(row):
   return pytest.param(*row, id=f'{kind}.{path}={"other" if isinstance(value, dict) else value}', marks=slow)
 
 
-@pytest.mark.parametrize(('kind', 'path', 'value', 'effect', 'rest'), map(timed, TABLE))
+@pytest.mark.parametrize(('kind', 'path', 'value', 'effect', 'rest'), [timed(row) for row in TABLE])
 def test_option(kind, path, value, effect, rest):
   before = {name: old for name, old in rest.items() if (path, name) not in TOGETHER}
   if path == 'embedding.max_position': before = {**rest, path: 8}
