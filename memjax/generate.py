@@ -1,8 +1,10 @@
 """Continues text with a trained model: streamed to stdout, at constant memory where the memories are recurrent.
 
   python -m memjax.generate --workdir runs/default --prompt 'ROMEO:' --max_new_tokens 500 --temperature 0.8
+  python -m memjax.generate --model MODEL.gguf --chat --prompt 'What is the capital of France?' --temperature 0
 
-One prompt is printed with its text as that grows; several come as blocks, in order, once all are complete.
+One prompt is printed with its text as that grows; several come as blocks, in order, once all are complete. With `--chat` each
+prompt is a message, and only the reply to it is printed.
 """
 import dataclasses
 import json
@@ -16,12 +18,15 @@ from memjax.config.errors import UserError
 from memjax.config.flags import Flag, run
 
 FLAGS = (
-    Flag('workdir', str, None, 'folder of the training run'),
+    Flag('workdir', str, '', 'folder of the training run; this or --model'),
+    Flag('model', str, '', 'GGUF file, or folder of config.json, safetensors and tokenizer.json: a Llama, Mistral, Qwen2 or Qwen3'),
+    Flag('chat', bool, False, "prompts are messages of a user, written as the model's chat template says; with --model"),
     Flag('step', int, 0, 'checkpoint; 0 = the best, else the newest', low=0),
     Flag('quantize', str, '', "stores banks as int8, int4 or nf4 (with '/kv': their keys and values); '' = as trained"),
     Flag('prompt', str, doc='text to continue', repeated=True),
     Flag('prompt_file', str, '', 'UTF-8 file whose whole text is one more prompt'),
     Flag('max_new_tokens', int, 200, 'tokens drawn for each prompt', low=1),
+    Flag('max_len', int, 0, 'tokens that a prompt and its continuation may have; 0 = as many as --model was made for', low=0),
     Flag('temperature', float, 1.0, 'below 1 safer, above 1 more varied; 0 = always the most likely token', low=0.0),
     Flag('top_k', int, 0, 'draw from the k most likely tokens only; 0 = off', low=0),
     Flag('top_p', float, 1.0, 'draw from the fewest tokens that hold this share of the probability; 1 = off', high=1.0),
@@ -53,39 +58,68 @@ def ends_of(tokenizer) -> tuple[int, ...]:
   return (tokenizer.bos,) if tokenizer.name in ('bpe', 'file') else ()
 
 
-def stream(writer, prompts: Sequence[str], max_new_tokens: int) -> list:
-  """Prints the texts as they come, one prompt live, several as blocks; returns the continuations."""
+def check_choice(values: dict) -> None:
+  """Raises UserError unless there is one model, and no flag that belongs to the other kind."""
+  if bool(values['workdir']) == bool(values['model']):
+    raise UserError('give either --workdir, the folder of a training run, or --model, a GGUF file or a folder of a checkpoint')
+  if values['workdir'] and values['chat']: raise UserError('--chat goes with --model; a training run has no chat template')
+  for name in ('step', 'quantize'):
+    if values['model'] and values[name]: raise UserError(f'--{name} goes with --workdir, not with --model')
+
+
+def check_length(rows: Sequence, max_new_tokens: int, limit: int) -> None:
+  """Raises UserError if the longest prompt and what is drawn for it exceed `limit` tokens; 0 = any number."""
+  total = max(map(len, rows)) + max_new_tokens
+  if limit and total > limit: raise UserError(f'the longest prompt and max_new_tokens, {total} tokens, exceed the limit of {limit}')
+
+
+def stream(writer, prompts: Sequence[str], max_new_tokens: int, *, is_chat: bool = False) -> list:
+  """Prints the texts as they come, one prompt live, several as blocks; returns the continuations. Of a chat: replies alone."""
   rows = []
   pieces = writer.stream(prompts, max_new_tokens, into=rows)
   alone = len(prompts) == 1
-  if alone: sys.stdout.write(prompts[0])
+  if alone and not is_chat: sys.stdout.write(prompts[0])
   for _, piece in pieces:
     if alone:
       sys.stdout.write(piece)
       sys.stdout.flush()
   for number, row in enumerate(rows, 1):
-    if not alone: sys.stdout.write(f'--- {number} of {len(rows)} ---\n{row.prompt}{row.text}\n')
+    if not alone: sys.stdout.write(f'--- {number} of {len(rows)} ---\n{"" if is_chat else row.prompt}{row.text}\n')
   if alone: sys.stdout.write('\n')
   return rows
 
 
-def main(config, values) -> None:
-  """Continues the prompts; UserError for whatever is wrong with them, the settings or the run."""
-  del config
-  from memjax.runtime.reading import open_run
-  from memjax.runtime.sampling import Sampler, Sampling
+def open_writer(values: dict, sampling) -> tuple:
+  """(Writer, what the report says of its model, tokens that a text may have or 0) for the run or the pretrained model."""
+  from memjax.runtime.sampling import Sampler
   from memjax.runtime.text import Writer
+  if values['workdir']:
+    from memjax.runtime.reading import open_run
+    found = open_run(values['workdir'], values['step'], values['quantize'])
+    ends, source, enter, limit = ends_of(found.tokenizer), {'workdir': found.workdir, 'step': found.step, 'config': found.name}, None, 0
+  else:
+    from memjax.runtime.host import open_host
+    found = open_host(values['model'])
+    ends, source, enter = found.ends, {'model': found.path, 'chat': values['chat']}, found.encode_chat if values['chat'] else found.encode
+    limit = found.context
+  writer = Writer(Sampler(found.model, sampling), found.params, found.tokenizer, stops=values['stop'], ends=ends, enter=enter)
+  return writer, source, values['max_len'] or limit
+
+
+def main(config, values) -> None:
+  """Continues the prompts; UserError for whatever is wrong with them, the settings, the run or the model."""
+  del config
+  check_choice(values)
+  from memjax.runtime.sampling import Sampling
   check_output(values['output'])
   sampling = Sampling(**{name: values[name] for name in ('temperature', 'top_k', 'top_p', 'min_p', 'seed')})
   prompts = read_prompts(values['prompt'], values['prompt_file'])
-  found = open_run(values['workdir'], values['step'], values['quantize'])
-  writer = Writer(Sampler(found.model, sampling), found.params, found.tokenizer, stops=values['stop'],
-                  ends=ends_of(found.tokenizer))
+  writer, source, limit = open_writer(values, sampling)
+  check_length(writer.encode(prompts), values['max_new_tokens'], limit)
   started = time.perf_counter()
-  rows = stream(writer, prompts, values['max_new_tokens'])
+  rows = stream(writer, prompts, values['max_new_tokens'], is_chat=values['chat'])
   if not values['output']: return
-  report = {'workdir': found.workdir, 'step': found.step, 'config': found.name, **dataclasses.asdict(sampling),
-            'max_new_tokens': values['max_new_tokens'], 'stop': list(values['stop']),
+  report = {**source, **dataclasses.asdict(sampling), 'max_new_tokens': values['max_new_tokens'], 'stop': list(values['stop']),
             'seconds': round(time.perf_counter() - started, 3), 'continuations': [dataclasses.asdict(row) for row in rows]}
   pathlib.Path(values['output']).write_text(json.dumps(report, ensure_ascii=False, indent=2) + '\n', encoding='utf-8')
 

@@ -67,7 +67,7 @@ def empty_file(run): (run.parent / 'nothing.txt').write_text('')
 
 GENERATE = ('--workdir=RUN', '--prompt=a')
 READERS = [
-  ('generate: no workdir', act(generate, '--prompt=a'), '--workdir is required: folder of the training run'),
+  ('generate: no workdir', act(generate, '--prompt=a'), 'give either --workdir, the folder of a training run, or --model'),
   ('generate: missing workdir', act(generate, '--workdir=PLACE/no', '--prompt=a'), 'no such workdir: PLACE/no'),
   ('generate: file as workdir', act(generate, '--workdir=PLACE/base.py', '--prompt=a'), 'PLACE/base.py is a file, not a workdir'),
   ('generate: foreign workdir', act(generate, '--workdir=PLACE', '--prompt=a'), 'PLACE is not the workdir of a run: it holds no config'),

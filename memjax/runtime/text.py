@@ -1,6 +1,6 @@
 """Generated text: tokens become text as they arrive, each row until its own end or stop string."""
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -54,20 +54,24 @@ class Continuation:
 
 
 class Writer:
-  """Continues texts with one model and tokenizer; compiles once for all its calls."""
+  """Continues texts with one model and tokenizer; compiles once for all its calls.
 
-  def __init__(self, sampler: Sampler, params: Any, tokenizer: Tokenizer, *,
-               stops: Sequence[str] = (), ends: Sequence[int] = ()):
+  `enter` gives the tokens of a prompt that enter the model, None = the one that begins a document, then the prompt.
+  """
+
+  def __init__(self, sampler: Sampler, params: Any, tokenizer: Tokenizer, *, stops: Sequence[str] = (), ends: Sequence[int] = (),
+               enter: Callable[[str], np.ndarray] | None = None):
+    self.enter = enter
     self.sampler, self.params, self.tokenizer = sampler.within(tokenizer.vocabulary), params, tokenizer
     self.stops, self.ends = tuple(stops), frozenset(ends)
     StopText(stops)          # an empty stop string is refused here, before anything is computed
 
   def encode(self, prompts: Sequence[str]) -> list[np.ndarray]:
-    """The tokens that enter the model: the one that begins a document, then the prompt. UserError for an empty one."""
-    rows = [self.tokenizer.encode(prompt) for prompt in prompts]
+    """The tokens that enter the model, by default that which begins a document, then the prompt. UserError for an empty one."""
+    rows = [(self.enter or self.tokenizer.encode)(prompt) for prompt in prompts]
     for number, row in enumerate(rows, 1):
       if not row.size: raise UserError(f'prompt {number} has no tokens; give it at least one')
-    return [np.concatenate([[self.tokenizer.bos], row]).astype(np.int32) for row in rows]
+    return rows if self.enter else [np.concatenate([[self.tokenizer.bos], row]).astype(np.int32) for row in rows]
 
   def stream(self, prompts: Sequence[str], max_new_tokens: int,
              into: list[Continuation] | None = None) -> Iterator[tuple[int, str]]:

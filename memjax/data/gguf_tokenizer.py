@@ -1,0 +1,107 @@
+"""The tokenizer inside a GGUF file, from its metadata as plain values; needs the extra `text`.
+
+The vocabulary and the merges do not say how text is cut before they apply: `tokenizer.ggml.pre` names that, each name is mapped
+here, and an unknown one is refused, since a wrong cut gives wrong tokens without an error (specification section 3.4).
+"""
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from memjax.config.errors import UserError, nearest, shown
+from memjax.data.subword import SubwordTokenizer, library
+
+PREFIX = 'tokenizer.ggml.'
+NORMAL, CONTROL, USER, UNUSED = 1, 3, 4, 5
+QWEN2 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+
+
+def _gpt2() -> tuple[Any, Any]:
+  return None, library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+
+
+def _smollm() -> tuple[Any, Any]:
+  cut = library.pre_tokenizers
+  return None, cut.Sequence([cut.Digits(individual_digits=True), cut.ByteLevel(add_prefix_space=False)])
+
+
+def _qwen2() -> tuple[Any, Any]:
+  cut = library.pre_tokenizers
+  split = cut.Split(library.Regex(QWEN2), 'isolated', invert=False)
+  return library.normalizers.NFC(), cut.Sequence([split, cut.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+PRE = {'gpt-2': _gpt2, 'smollm': _smollm, 'qwen2': _qwen2}       # tokenizer.ggml.pre -> () -> (normalizer or None, pre-tokenizer)
+
+
+def gguf_tokenizer(metadata: Mapping[str, Any]) -> SubwordTokenizer:
+  """The tokenizer that the metadata of a GGUF file describe: byte-level BPE, cut as `tokenizer.ggml.pre` says.
+
+  Its `bos` is the file's, else the token that ends a text; whether a prompt begins with it: `begins_with_bos`. Raises UserError
+  for another model of tokens, an unknown cut, and lists that are missing or contradict one another.
+  """
+  kind, pre = _get(metadata, 'model', str), metadata.get(f'{PREFIX}pre')
+  if kind != 'gpt2': raise UserError(f"{PREFIX}model {shown(kind)} is not supported; only byte-level BPE, 'gpt2', is")
+  if not isinstance(pre, str) or pre not in PRE:
+    raise UserError(f'{PREFIX}pre {shown(pre)} is not one of {", ".join(PRE)}{nearest(str(pre), PRE)}')
+  tokens, kinds = _tokens(metadata)
+  normalizer, cut = PRE[pre]()
+  try:
+    inner = library.Tokenizer(library.models.BPE({token: i for i, token in enumerate(tokens)}, _merges(metadata)))
+  except UserError: raise
+  except Exception as error:    # the library raises bare Exception
+    raise UserError(f'{PREFIX}merges do not fit {PREFIX}tokens: {(str(error).splitlines() or [""])[0][:100]}') from error
+  if normalizer is not None: inner.normalizer = normalizer
+  inner.pre_tokenizer, inner.decoder = cut, library.decoders.ByteLevel()
+  added = {kind: [library.AddedToken(token, special=kind == CONTROL, normalized=False)
+                  for token, own in zip(tokens, kinds, strict=True) if own == kind] for kind in (CONTROL, USER)}
+  inner.add_special_tokens(added[CONTROL])
+  inner.add_tokens(added[USER])
+  begin = next((metadata[key] for key in (f'{PREFIX}bos_token_id', f'{PREFIX}eos_token_id') if key in metadata), None)
+  return SubwordTokenizer(inner, 'file', _token(tokens, begin, 'bos_token_id or eos_token_id'))
+
+
+def begins_with_bos(metadata: Mapping[str, Any]) -> bool:
+  """Whether a plain prompt begins with the token that begins a text: `tokenizer.ggml.add_bos_token`, absent = no."""
+  return _get(metadata, 'add_bos_token', bool, default=False)
+
+
+def special_text(metadata: Mapping[str, Any], kind: str) -> str:
+  """The text of the 'bos' or 'eos' token, '' where the file has none: what a chat template may write."""
+  index = metadata.get(f'{PREFIX}{kind}_token_id')
+  return '' if index is None else _token(_get(metadata, 'tokens', list), index, f'{kind}_token_id')
+
+
+def _get(metadata: Mapping[str, Any], name: str, kind: type, *, default: Any = None) -> Any:
+  value = metadata.get(PREFIX + name, default)
+  if value is None: raise UserError(f'{PREFIX}{name} is missing')
+  if not isinstance(value, kind): raise UserError(f'{PREFIX}{name} wants {kind.__name__}, got {shown(value)}')
+  return value
+
+
+def _token(tokens: Sequence[str], index: Any, name: str) -> str:
+  if type(index) is int and 0 <= index < len(tokens): return tokens[index]
+  raise UserError(f'{PREFIX}{name} is no token of {len(tokens)}: {shown(index)}')
+
+
+def _tokens(metadata: Mapping[str, Any]) -> tuple[list[str], list[int]]:
+  """(tokens, kind of each), as long as each other, no token twice, no kind that byte-level BPE does not have."""
+  tokens = _get(metadata, 'tokens', list)
+  if not all(isinstance(token, str) and token for token in tokens): raise UserError(f'{PREFIX}tokens are not all texts')
+  if len(set(tokens)) != len(tokens):
+    seen: set[str] = set()
+    raise UserError(f'{PREFIX}tokens hold {shown(next(t for t in tokens if t in seen or seen.add(t)))} twice')
+  kinds = np.asarray(metadata.get(f'{PREFIX}token_type', [NORMAL] * len(tokens)))
+  if kinds.ndim != 1 or kinds.dtype.kind not in 'iu': raise UserError(f'{PREFIX}token_type is no list of whole numbers')
+  kinds = kinds.tolist()
+  if len(kinds) != len(tokens): raise UserError(f'{PREFIX}token_type has {len(kinds)} entries for {len(tokens)} tokens')
+  wrong = next((kind for kind in kinds if kind not in (NORMAL, CONTROL, USER, UNUSED)), None)
+  if wrong is not None: raise UserError(f'{PREFIX}token_type {wrong} does not go with byte-level BPE')
+  return tokens, kinds
+
+
+def _merges(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
+  pairs = [tuple(merge.split(' ')) if isinstance(merge, str) else () for merge in _get(metadata, 'merges', list)]
+  wrong = next((i for i, pair in enumerate(pairs) if len(pair) != 2 or not all(pair)), None)
+  if wrong is not None: raise UserError(f'{PREFIX}merges[{wrong}] is no pair of tokens: {shown(metadata[f"{PREFIX}merges"][wrong])}')
+  return pairs

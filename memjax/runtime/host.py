@@ -1,0 +1,75 @@
+"""A pretrained model from disk, ready to write: a GGUF file or a folder as Hugging Face writes them."""
+import os
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from memjax.adapters.families import Keys
+from memjax.adapters.gguf_model import GgufModel
+from memjax.adapters.pretrained import end_tokens, load_params, load_pretrained, read_json
+from memjax.config.errors import UserError
+from memjax.config.schema import ModelConfig
+from memjax.data.chat import ChatTemplate, chat_tokens, folder_template, read_tokenizer_config
+from memjax.data.gguf_tokenizer import begins_with_bos, gguf_tokenizer, special_text
+from memjax.data.subword import FILE, SubwordTokenizer
+from memjax.models.decoder import Decoder, inference_model
+
+
+class Host(NamedTuple):
+  """What generation with a pretrained model starts from."""
+  path: str
+  config: ModelConfig
+  model: Decoder
+  params: Any
+  tokenizer: SubwordTokenizer
+  ends: tuple[int, ...]              # tokens that end a text
+  has_bos: bool                      # whether a plain prompt begins with bos
+  template: ChatTemplate | None
+  context: int                       # tokens of the longest texts that it was made for, 0 = not said
+
+  def encode(self, prompt: str) -> np.ndarray:
+    """int32 tokens of a plain prompt."""
+    tokens = self.tokenizer.encode(prompt)
+    return np.concatenate([[self.tokenizer.bos], tokens]).astype(np.int32) if self.has_bos else tokens
+
+  def encode_chat(self, prompt: str) -> np.ndarray:
+    """int32 tokens of a conversation that begins with this message of its user, up to where the reply begins.
+
+    Raises UserError for a model without a chat template.
+    """
+    if self.template is None: raise UserError(f'{self.path} has no chat template')
+    return chat_tokens(self.tokenizer, self.template, [{'role': 'user', 'content': prompt}], add_generation_prompt=True)
+
+
+def open_host(path: str) -> Host:
+  """The model in a GGUF file or a Hugging Face folder, in float32.
+
+  Raises UserError for what cannot be read exactly, and for a tokenizer with more tokens than the model.
+  """
+  host = _open_folder(path) if os.path.isdir(path) else _open_gguf(path)
+  if host.tokenizer.vocabulary > host.config.vocabulary:
+    raise UserError(f'{path}: the tokenizer has {host.tokenizer.vocabulary} tokens, the model {host.config.vocabulary}')
+  return host
+
+
+def _open_gguf(path: str) -> Host:
+  file = GgufModel(path)
+  try:
+    tokenizer, has_bos = gguf_tokenizer(file.metadata), begins_with_bos(file.metadata)
+    bos, eos = special_text(file.metadata, 'bos'), special_text(file.metadata, 'eos')
+  except UserError as error:
+    raise UserError(f'{path}: {error}') from None
+  source, config = file.metadata.get('tokenizer.chat_template'), file.config()
+  template = None if source is None else ChatTemplate(source, bos=bos, eos=eos, where=f'the chat template of {path}')
+  return Host(path, config, inference_model(config), load_params(config, file), tokenizer, file.ends, has_bos, template, file.context)
+
+
+def _open_folder(path: str) -> Host:
+  tokenizer, template = SubwordTokenizer.from_file(os.path.join(path, FILE)), folder_template(path)
+  has_bos = read_tokenizer_config(path).get('add_bos_token')
+  if has_bos is None:                # then tokenizer.json knows
+    has_bos = tokenizer.bos in tokenizer.inner.encode('', add_special_tokens=True).ids[:1]
+  where = os.path.join(path, 'config.json')
+  context = Keys(read_json(where), where).get('max_position_embeddings', int, 0)
+  config, params = load_pretrained(path)
+  return Host(path, config, inference_model(config), params, tokenizer, end_tokens(path), bool(has_bos), template, context)
