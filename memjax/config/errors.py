@@ -1,5 +1,6 @@
 """The one exception that users are meant to see: bad input, said in one line."""
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -14,6 +15,14 @@ class ConfigError(UserError):
 def refuse(condition: bool, message: str) -> None:
   """None; raises ConfigError(message) where `condition` holds. The message starts at the field that is wrong."""
   if condition: raise ConfigError(message)
+
+
+def check_pattern(name: str, pattern: str) -> None:
+  """None; raises ConfigError for a `pattern` of the field `name` that is not a regular expression."""
+  try:
+    re.compile(pattern)
+  except re.error as error:
+    raise ConfigError(f'{name} holds {pattern!r}, which is not a regular expression: {error}') from None
 
 
 def nearest(word: str, names: Iterable[str]) -> str:

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from memjax.layers.lora import NOISE, Change, Lora, find_change
+
 
 def kernel_init(std: float = 0.0, *, fan_in: int = 0, zero: bool = False) -> Callable:
   """N(0, std^2), or N(0, 1 / fan_in) when `std` is 0; all zeros when `zero` (grafted output projections)."""
@@ -19,7 +21,7 @@ def partitioned(init: Callable, axes: tuple) -> Callable:
 
 
 class Linear(nn.Module):
-  """y = x W + b over the last axis of x; W is [in, features] with logical axes `axes`."""
+  """y = x W + b (+ s (x A) B) over the last axis of x; W is [in, features] with logical axes `axes`."""
   features: int
   axes: tuple
   use_bias: bool = False
@@ -27,6 +29,7 @@ class Linear(nn.Module):
   std: float = 0.0
   zero: bool = False
   dtype: Any = jnp.float32
+  lora: Lora = Lora()
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -34,10 +37,12 @@ class Linear(nn.Module):
     fan_in = x.shape[-1]
     init = kernel_init(self.std, fan_in=fan_in, zero=self.zero)
     kernel = self.param('kernel', partitioned(init, self.axes), (fan_in, self.features))
-    y = jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))
-    if not self.use_bias: return y
-    bias = self.param('bias', partitioned(nn.initializers.constant(self.bias_init), self.axes[1:]), (self.features,))
-    return y + bias.astype(self.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+    x = x.astype(self.dtype)
+    y = jnp.dot(x, kernel.astype(self.dtype))
+    if self.use_bias:
+      bias = self.param('bias', partitioned(nn.initializers.constant(self.bias_init), self.axes[1:]), (self.features,))
+      y += bias.astype(self.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+    return _changed(self, y, x, find_change(self, kernel.shape))
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
@@ -47,8 +52,15 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
   return jnp.where(keep, x / jnp.asarray(1.0 - rate, x.dtype), jnp.zeros((), x.dtype))
 
 
+def _changed(module: nn.Module, y: jax.Array, x: jax.Array, change: Change | None) -> jax.Array:
+  """y and the low-rank change, whose input loses a share of its entries where random numbers are given for that."""
+  if change is None: return y
+  rate = module.lora.config.dropout
+  return y + change(dropout(x, rate, module.make_rng(NOISE) if rate and module.has_rng(NOISE) else None))
+
+
 class Projection(nn.Module):
-  """x W without bias, W [inputs, features] of full rank or W = down up of rank R: entries of variance std^2 either way.
+  """x W without bias, W [inputs, features] of full rank (+ s A B) or W = down up of rank R: entries of variance std^2 either way.
 
   With `rank`, down ~ N(0, std^2) and up ~ N(0, 1 / rank); `zero` starts W (with `rank`, up alone) at zero.
   """
@@ -59,23 +71,27 @@ class Projection(nn.Module):
   std: float = 0.0
   zero: bool = False
   dtype: Any = jnp.float32
+  lora: Lora = Lora()
 
   def setup(self):
     first = kernel_init(self.std, fan_in=self.inputs, zero=self.zero and not self.rank)
     if not self.rank:
       self.kernel = self.param('kernel', partitioned(first, self.axes), (self.inputs, self.features))
+      self.change = find_change(self, (self.inputs, self.features))
       return
     last = kernel_init(self.rank ** -0.5, zero=self.zero)
     self.down = self.param('down', partitioned(first, (self.axes[0], None)), (self.inputs, self.rank))
     self.up = self.param('up', partitioned(last, (None, self.axes[1])), (self.rank, self.features))
 
   def matrix(self) -> jax.Array:
-    """W in the compute dtype."""
-    if not self.rank: return self.kernel.astype(self.dtype)
+    """W in the compute dtype, with its change."""
+    if not self.rank:
+      kernel = self.kernel.astype(self.dtype)
+      return kernel if self.change is None else kernel + self.change(jnp.eye(self.inputs, dtype=self.dtype))
     return self.down.astype(self.dtype) @ self.up.astype(self.dtype)
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """Returns x W in the compute dtype."""
     x = x.astype(self.dtype)
-    if not self.rank: return x @ self.kernel.astype(self.dtype)
+    if not self.rank: return _changed(self, x @ self.kernel.astype(self.dtype), x, self.change)
     return (x @ self.down.astype(self.dtype)) @ self.up.astype(self.dtype)

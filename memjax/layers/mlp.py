@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from memjax.layers.linear import Linear, dropout
+from memjax.layers.lora import Lora
 
 PLAIN = {'silu': jax.nn.silu, 'relu': jax.nn.relu, 'gelu': functools.partial(jax.nn.gelu, approximate=False),
          'sigmoid': jax.nn.sigmoid, 'tanh': jnp.tanh}
@@ -31,14 +32,16 @@ class MLP(nn.Module):
   std: float = 0.0
   dtype: Any = jnp.float32
   out_std: float = 0.0
+  lora: Lora = Lora()
 
   @nn.compact
   def __call__(self, x_BxLxD: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
     """Returns [B, L, D]; `key` switches the dropout on the hidden layer on."""
+    shared = dict(use_bias=self.bias, dtype=self.dtype, lora=self.lora)
     def up(name):
-      return Linear(self.hidden, ('embed', 'hidden'), use_bias=self.bias, std=self.std, dtype=self.dtype, name=name)(x_BxLxD)
+      return Linear(self.hidden, ('embed', 'hidden'), std=self.std, name=name, **shared)(x_BxLxD)
     h_BxLxF = jax.nn.silu(up('gate')) * up('up') if self.activation == 'swiglu' else PLAIN[self.activation](up('up'))
     h_BxLxF = nn.with_logical_constraint(h_BxLxF, ('batch', None, 'hidden'))
     h_BxLxF = dropout(h_BxLxF, self.inner_dropout, key)
-    down = Linear(x_BxLxD.shape[-1], ('hidden', 'embed'), use_bias=self.bias, std=self.out_std or self.std, dtype=self.dtype, name='down')
+    down = Linear(x_BxLxD.shape[-1], ('hidden', 'embed'), std=self.out_std or self.std, name='down', **shared)
     return down(h_BxLxF)

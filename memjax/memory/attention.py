@@ -30,7 +30,7 @@ class Attention(Memory):
   """Causal attention with H query and G key heads. `max_len=0` is one parallel call from empty; otherwise the ring holds max_len."""
 
   def setup(self):
-    c, shared = self.config, dict(std=self.std, dtype=self.dtype)
+    c, shared = self.config, dict(std=self.std, dtype=self.dtype, lora=self.lora)
     inner = dict(use_bias=c.bias, **shared)
     self.query = Linear(c.heads * self.head_width, ('embed', 'heads'), name='query', **inner)
     self.key = Linear(self.groups * self.head_width, ('embed', 'heads'), name='key', **inner)

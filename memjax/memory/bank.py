@@ -53,7 +53,7 @@ class Bank(Memory):
   def setup(self):
     c = self.config
     if not c.shape.share: self.bank = EntryTable(c, self.width, name='bank')
-    project = functools.partial(Projection, rank=c.projection_rank, std=self.std, dtype=self.dtype)
+    project = functools.partial(Projection, rank=c.projection_rank, std=self.std, dtype=self.dtype, lora=self.lora)
     heads, groups = c.heads * self.head_width, self.groups * self.head_width
     self.query = project(self.width, heads, ('embed', 'heads'), name='query')
     self.key = project(self.entry_width, groups, ('embed', 'heads'), name='key')

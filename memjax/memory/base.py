@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from memjax.layers.lora import Lora
+
 State = Any
 Inputs = Any
 Aux = dict[str, Any]
@@ -40,7 +42,8 @@ class Memory(nn.Module):
   """Base of every memory. Kinds give `init_state`, `project`, `write`, `read` and `readout`.
 
   config: the kind's dataclass; width: D; std: of matrices at initialisation, 0 = 1/sqrt(fan-in); grafted: the output
-  projection starts at zero, so that a host is left bit-equal; out_std: of the output projection of attention, 0 = std.
+  projection starts at zero, so that a host is left bit-equal; out_std: of the output projection of attention, 0 = std;
+  lora: low-rank changes of the linear maps.
   """
   config: Any
   width: int
@@ -48,6 +51,7 @@ class Memory(nn.Module):
   std: float = 0.0
   grafted: bool = False
   out_std: float = 0.0
+  lora: Lora = Lora()
 
   chunk = 1            # a fast form may be entered only at position % chunk == 0
   order = 'after'      # read 'after' or 'before' the write of the same token

@@ -34,7 +34,7 @@ class Context(Memory):
   reaches_back = False        # gradients stop at the slots
 
   def setup(self):
-    c, D, shared = self.config, self.width, dict(std=self.std, dtype=self.dtype)
+    c, D, shared = self.config, self.width, dict(std=self.std, dtype=self.dtype, lora=self.lora)
     self.query = Linear(D, ('embed', 'heads'), name='query', **shared)
     self.key, self.value = (Projection(D, self.groups * self.head_width, ('embed', 'heads'), name=n, **shared) for n in ('key', 'value'))
     self.kernels = self.key.matrix(), self.value.matrix()          # made before any scan

@@ -37,8 +37,8 @@ class Holographic(Memory):
   """The kind `holographic`; every option of `HolographicConfig`."""
 
   def setup(self):
-    c, shared = self.config, dict(std=self.std, dtype=self.dtype)
-    self.projections = Projections(c, self.width, self.dtype, self.std, name='projections')
+    c, shared = self.config, dict(std=self.std, dtype=self.dtype, lora=self.lora)
+    self.projections = Projections(c, self.width, self.dtype, self.std, self.lora, name='projections')
     if c.tiers.kind: self.tiers = Tiers(c, self.width, self.dtype, name='tiers')
     if c.read.norm: self.scale = self.param('scale', partitioned(nn.initializers.ones_init(), ('heads',)), (self.read_width,))
     if c.read.out_gate: self.out_gate = Linear(self.read_width, ('embed', 'heads'), name='out_gate', **shared)

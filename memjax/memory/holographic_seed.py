@@ -61,7 +61,7 @@ class HolographicSeed(Memory):
   order = 'before'
 
   def setup(self):
-    c, D, dense = self.config, self.width, dict(use_bias=True, std=self.std, dtype=self.dtype)
+    c, D, dense = self.config, self.width, dict(use_bias=True, std=self.std, dtype=self.dtype, lora=self.lora)
     self.item = Linear(c.key_width, ('embed', None), name='item', **dense)
     self.query = Linear(D, ('embed', None), name='query', **dense)
     if self.hidden: self.retrieve_up = Linear(self.hidden, ('embed', 'hidden'), name='retrieve_up', **dense)

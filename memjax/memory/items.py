@@ -10,6 +10,7 @@ from flax import struct
 from memjax.config.mixers import HolographicConfig
 from memjax.layers.conv import Taps, find_taps, next_tail, short_conv, taps_init
 from memjax.layers.linear import Linear, partitioned
+from memjax.layers.lora import Lora
 from memjax.memory.tiers import FAST_DECAY
 from memjax.ops.binding import bind, key_map, real_bins, resolve_transform, to_spectrum
 from memjax.ops.keys import fractional_code, fractional_phases, permutation, permute, random_keys
@@ -42,6 +43,7 @@ class Projections(nn.Module):
   width: int
   dtype: Any = jnp.float32
   std: float = 0.0
+  lora: Lora = Lora()
 
   @property
   def shape(self) -> tuple[int, int, int, int]:
@@ -87,7 +89,7 @@ class Projections(nn.Module):
 
   def setup(self):
     c, (G, H, S, K) = self.config, self.shape
-    linear = dict(std=self.std, dtype=self.dtype)
+    linear = dict(std=self.std, dtype=self.dtype, lora=self.lora)
     self.linear = {n: Linear(width, ('embed', 'heads'), name=n, **linear) for n, width in self.sources.items() if n != 'router'}
     self.taps = {n: self.param(f'{n}_taps', partitioned(taps_init, (None, 'heads')), (c.conv_width, self.readers[n][1]))
                  for n in self.convolved}
@@ -136,7 +138,7 @@ class Projections(nn.Module):
   def _small(self, name, features, bias):
     """A narrow linear map with small weights (N(0, .1^2 / D)) and its bias, float32."""
     init = lambda key, shape, dtype=jnp.float32: jnp.broadcast_to(jnp.asarray(bias, dtype), shape)
-    logit = Linear(features, ('embed', 'heads'), std=0.1 * self.width ** -0.5, dtype=self.dtype, name=name)
+    logit = Linear(features, ('embed', 'heads'), std=0.1 * self.width ** -0.5, dtype=self.dtype, lora=self.lora, name=name)
     return logit, self.param(f'{name}_bias', partitioned(init, ('heads',)), (features,))
 
   def __call__(self, x_BxLxD: jax.Array, position_BxL: jax.Array) -> dict[str, Any]:

@@ -32,11 +32,11 @@ class ProductKey(Memory):
     spread = lambda key, shape: jax.random.uniform(key, shape, minval=-bound, maxval=bound)
     shape = (c.heads, 2, c.keys, c.key_width // 2)
     self.keys = self.param('keys', partitioned(spread, ('heads', None, None, None)), shape)
-    inner = c.value_width or self.width
-    self.query = Projection(self.width, c.heads * c.key_width, ('embed', 'heads'), std=self.std, dtype=self.dtype, name='query')
+    inner, shared = c.value_width or self.width, dict(std=self.std, dtype=self.dtype, lora=self.lora)
+    self.query = Projection(self.width, c.heads * c.key_width, ('embed', 'heads'), **shared, name='query')
     if c.query_norm: self.norm = RMSNorm(dtype=self.dtype, name='query_norm')
-    if c.gate: self.gate = Projection(self.width, inner, ('embed', None), std=self.std, dtype=self.dtype, name='gate')
-    self.out = Projection(inner, self.width, (None, 'embed'), std=self.std, zero=self.grafted or c.zero_out, dtype=self.dtype, name='out')
+    if c.gate: self.gate = Projection(self.width, inner, ('embed', None), **shared, name='gate')
+    self.out = Projection(inner, self.width, (None, 'embed'), zero=self.grafted or c.zero_out, **shared, name='out')
 
   def init_state(self, batch: int, max_len: int = 0) -> dict:
     """Nothing: no state."""

@@ -18,7 +18,7 @@ TABLES = {'bank': EntryTable, 'product_key': ValueTable}
 
 
 def make_memory(config: Any, width: int, **options: Any) -> Memory:
-  """The module of one mixer config; `options` are the fields of `Memory` (dtype, std, grafted, name, parent)."""
+  """The module of one mixer config; `options` are the fields of `Memory` (dtype, std, grafted, lora, name, parent)."""
   if config.kind not in MEMORIES: raise UserError(f'no memory of kind {config.kind!r}; known: {", ".join(sorted(MEMORIES))}')
   return MEMORIES[config.kind](config, width, **options)
 
