@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from memjax.adapters.families import EMBED, HEAD, family_config
 from memjax.adapters.gguf import GgufFile
+from memjax.adapters.gguf_types import split_rows
 from memjax.adapters.pretrained import load_params, settle_head
 from memjax.config.attention import RopeConfig
 from memjax.config.errors import UserError, nearest, shown
@@ -44,16 +45,6 @@ def hf_name(name: str) -> str:
   found = IN_LAYER.fullmatch(name)
   if found and found[2] in LAYER: return f'model.layers.{found[1]}.{LAYER[found[2]]}.{found[3]}'
   return TOP.get(name, name)
-
-
-def unpermute(x: np.ndarray, heads: int) -> np.ndarray:
-  """Rows of queries or keys, or their biases, with the two of a rotation half a head apart, as the decoder has them.
-
-  GGUF of llama has them side by side. `heads` is the number of those rows' own heads: of keys, for keys. Raises UserError where
-  the rows are not so many pairs.
-  """
-  if heads < 1 or x.shape[0] % (2 * heads): raise UserError(f'{x.shape[0]} rows are no pairs of {heads} heads')
-  return x.reshape(heads, -1, 2, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
 
 
 class GgufModel:
@@ -87,7 +78,7 @@ class GgufModel:
     heads = self._turned.get('.'.join(name.split('.')[3:-1]))
     if heads is None: return x
     try:
-      return unpermute(x, heads)
+      return split_rows(x, heads)
     except UserError as error:
       raise UserError(f'{self.folder}: tensor {shown(self._stored[name])}: {error}') from None
 
