@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from memjax.config import attention, mixers, schema
+from memjax.config import attention, lora, mixers, schema
 from memjax.config.banks import BankConfig, BankShapeConfig, RouterConfig
 from memjax.config.codec import clashes, describe, diff, freeze, from_json, read_config, thaw, to_json
 from memjax.config.errors import ConfigError, UserError
@@ -34,7 +34,7 @@ EVERY_KIND = Config(model=ModelConfig(width=64, mixers={kind: cls(key_width=64) 
                                                          for kind, cls in MIXERS.items()}))
 MEM, ADDRESS, KEEP = 'model.mixers.mem.', 'model.mixers.mem.address.', 'model.mixers.mem.keep.'
 BINDING, TIERS, FORM = 'model.mixers.mem.binding.', 'model.mixers.mem.tiers.', 'model.mixers.mem.form.'
-GROUP, ROPE = 'optimizer.groups.main.', 'model.mixers.full.rope.'
+GROUP, ROPE, LORA = 'optimizer.groups.main.', 'model.mixers.full.rope.', 'model.block.lora.'
 
 # Overrides of BASE in words, and the path and text of the refusal. Each rule of mixers.py and schema.py has one at least.
 REFUSED = [
@@ -101,6 +101,12 @@ REFUSED = [
   ('model.suffix=none', "config.model.suffix names 'none', which is not one of mixers"),
   ('model.grafted=none', "config.model.grafted names 'none', which is not one of mixers"),
   ('model.hidden=-1 model.block.mlp_out_std=1', 'config.model.block.mlp_out_std applies to a feed-forward network'),
+  (f'{LORA}alpha=8', 'config.model.block.lora.alpha applies to low-rank changes; rank is 0'),
+  (f'{LORA}rank=2 {LORA}targets=', 'config.model.block.lora.targets is empty; no kernels are changed with rank=0'),
+  (f'{LORA}rank=2 {LORA}exclude=[', "config.model.block.lora.exclude holds '[', which is not a regular expression"),
+  (f'{LORA}rank=2 {LORA}ranks=query', "lora.ranks holds 'query', which is not of the form 'regex=number' with a number above 0"),
+  (f'{LORA}rank=2 {LORA}ranks=query=1.5', "lora.ranks holds 'query=1.5', which is not of the form"),
+  (f'{LORA}rank=2 {LORA}alphas=query=0.0', "lora.alphas holds 'query=0.0', which is not of the form"),
   ('model.repeats=0', 'config.model.pattern, prefix and suffix together hold no layers'),
   ('model.embedding.position=learned', "config.model.embedding.max_position > 0 goes with position='learned'"),
   ('model.embedding.max_position=9', "config.model.embedding.max_position > 0 goes with position='learned'"),
@@ -179,7 +185,7 @@ def rules(module):
       yield node.lineno, ''.join(re.escape(part.value) if isinstance(part, ast.Constant) else '.*' for part in parts)
 
 
-@pytest.mark.parametrize('module', [attention, mixers, schema], ids=['attention', 'mixers', 'schema'])
+@pytest.mark.parametrize('module', [attention, lora, mixers, schema], ids=['attention', 'lora', 'mixers', 'schema'])
 def test_every_rule_has_a_case(module, base):
   messages = [refusal(overrides, base) for overrides, _ in REFUSED]
   for build, says in DIRECT:

@@ -1,18 +1,19 @@
 """Where memories stand in a stack: placements, block variants and sharing become named patterns (specification section 3)."""
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from memjax.config.banks import BANKS
 from memjax.config.errors import ConfigError, nearest, refuse
 from memjax.config.mixers import AttentionConfig
-from memjax.config.schema import ModelConfig, stages
+from memjax.config.schema import GroupConfig, ModelConfig, stages
 
 PLACEMENTS = ('all', 'first_k', 'last_k', 'every_n', 'custom', 'none')
 SHARINGS = ('shared', 'per_layer', 'every_k_layers')
 VARIANTS = ('A', 'B')
 ATTENTION, BANK = 'attention', 'bank'
 TABLE = r'(^bank_\w+|/bank)/(entries|mix|values)\w*$'     # parameters of tables, those of a layer and those that layers share
+CHANGES = '/lora_[ab]$'
 
 
 def _choose(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -89,7 +90,8 @@ def fold(layers: Sequence[str]) -> dict[str, Any]:
 
 
 def parameter_rules(model: ModelConfig) -> tuple[str, ...]:
-  """`optimizer.rules` that sort parameters into the groups memory_bank (tables), memory and base; only those that exist.
+  """`optimizer.rules` that sort parameters into the groups lora (low-rank changes), memory_bank (tables), memory and base; only
+  those that exist.
 
   memory: banks and context banks, their routers and norms, and the feed-forward networks of layers that hold nothing else.
   """
@@ -97,7 +99,19 @@ def parameter_rules(model: ModelConfig) -> tuple[str, ...]:
   rules = [rule for part, layers in parts.items() for number, layer in enumerate(layers)
            for rule in _layer_rules(f'^{part}/layer_{number}', layer, model.mixers)]
   tables = any(model.mixers[name].kind in BANKS for layer in model.layers for names, _ in stages(layer) for name in names)
-  return (*([f'{TABLE}=memory_bank'] if tables else []), *(f'{rule}=memory' for rule in rules), '.*=base')
+  changes = [f'{CHANGES}=lora'] if model.block.lora.rank else []
+  return (*changes, *([f'{TABLE}=memory_bank'] if tables else []), *(f'{rule}=memory' for rule in rules), '.*=base')
+
+
+def train_only(model: ModelConfig, trained: Mapping[str, GroupConfig]) -> dict[str, Any]:
+  """Fields of an OptimizerConfig, rules and groups, that train the named groups of `parameter_rules` and freeze all others.
+
+  Raises ConfigError for a group that the model does not have.
+  """
+  rules = parameter_rules(model)
+  names = list(dict.fromkeys(rule.rpartition('=')[2] for rule in rules))
+  for name in trained: refuse(name not in names, f'trained names {name!r}; the groups of the model are {", ".join(names)}')
+  return {'rules': rules, 'groups': {name: trained.get(name, GroupConfig(rate=0.0)) for name in names}}
 
 
 def _layer_rules(path: str, layer: str, mixers: dict[str, Any]) -> list[str]:

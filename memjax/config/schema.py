@@ -1,21 +1,13 @@
 """The configuration of a run as frozen dataclasses. Never None: 0, '' or () is off or automatic."""
-import re
-
 import memjax.config.context  # noqa: F401  registers the kind
 from memjax.config.banks import check_bank_width, own_dropout, sees_future, shared_table, table_of
-from memjax.config.errors import ConfigError, refuse
+from memjax.config.errors import check_pattern, refuse
+from memjax.config.lora import LoraConfig
 from memjax.config.mixers import MIXERS, SEEDS, AttentionConfig
 from memjax.config.options import config, option
 
 GATE = ':gate'
 ACTIVATIONS = ('swiglu', 'silu', 'relu', 'gelu', 'sigmoid', 'tanh')
-
-
-def _check_pattern(name: str, pattern: str) -> None:
-  try:
-    re.compile(pattern)
-  except re.error as error:
-    raise ConfigError(f'{name} holds {pattern!r}, which is not a regular expression: {error}') from None
 
 
 def stages(layer: str) -> tuple[tuple[tuple[str, ...], bool], ...]:
@@ -41,6 +33,7 @@ class BlockConfig:
   init_std: float = option(0.0, 'standard deviation of all matrices; 0 = 1 / sqrt(fan-in)', low=0.0)
   mixer_out_std: float = option(0.0, 'that of the output projection of attention and window; 0 = init_std', low=0.0)
   mlp_out_std: float = option(0.0, 'that of the last matrix of the feed-forward network; 0 = init_std', low=0.0)
+  lora: LoraConfig = option(LoraConfig(), 'low-rank changes of kernels, also of the head')
 
 
 @config
@@ -221,8 +214,8 @@ class OptimizerConfig:
       refuse(not (equals and pattern), f"rules holds {rule!r}, which is not of the form 'regex=group'")
       refuse(group not in self.groups,
               f'rules holds {rule!r}, whose group {group!r} is not one of {sorted(self.groups)}')
-      _check_pattern('rules', pattern)
-    _check_pattern('no_decay', self.no_decay)
+      check_pattern('rules', pattern)
+    check_pattern('no_decay', self.no_decay)
 
 
 @config

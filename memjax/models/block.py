@@ -9,6 +9,7 @@ from flax import struct
 from memjax.config.banks import own_dropout
 from memjax.config.schema import ModelConfig, mixer_names, stages
 from memjax.layers.linear import Linear, dropout
+from memjax.layers.lora import Lora
 from memjax.layers.mlp import MLP, hidden_width
 from memjax.layers.norm import RMSNorm, make_norm
 from memjax.memory.base import confidence, only_real
@@ -61,12 +62,13 @@ class Mixers(nn.Module):
     given = {**vars(flow), 'stream_BxLxD': only_real(stream_BxLxD, flow.mask_BxL), 'collect': collect}
     for number, name in enumerate(names):
       memory = make_memory(c.mixers[name], c.width, dtype=dtype, std=c.block.init_std, out_std=c.block.mixer_out_std,
-                           grafted=name in c.grafted, name=name)
+                           grafted=name in c.grafted, lora=Lora(c.block.lora), name=name)
       y_BxLxE, new[name], aux[name] = memory.mix(x_BxLxD, states[name], key=fold(key, number), prepared=prepared.get(name), **given)
       out.append((memory.readout(x_BxLxD, y_BxLxE), y_BxLxE))
     if not self.gated: return sum(y for y, _ in out[1:]) + out[0][0] if len(out) > 1 else out[0][0], new, aux
     first, second = (RMSNorm(c.block.norm_epsilon, dtype, name=f'norm_{n}')(y) for n, (y, _) in zip(names, out, strict=True))
-    logit = Linear(c.width, ('embed', None), use_bias=True, std=c.block.init_std, dtype=dtype, name='gate')(x_BxLxD)
+    gate = Linear(c.width, ('embed', None), use_bias=True, std=c.block.init_std, dtype=dtype, lora=Lora(c.block.lora), name='gate')
+    logit = gate(x_BxLxD)
     weight = self.param('gate_confidence', nn.with_logical_partitioning(nn.initializers.zeros_init(), (None,)), (c.width,))
     logit += confidence(out[1][1])[..., None].astype(dtype) * weight.astype(dtype).reshape(1, 1, -1)
     alpha_BxLxD = jax.nn.sigmoid(logit)
@@ -108,6 +110,6 @@ class Layer(nn.Module):
       x_BxLxD = residual(x_BxLxD, mixers, name=f'norm_mixer{suffix}', rate=branch_dropout(c, names), noise=fold(own, 1))
     if c.hidden >= 0:
       mlp = MLP(hidden_width(c.width, c.hidden, block.activation), block.activation, block.bias, block.dropout if not pre else 0.0,
-                block.init_std, dtype, block.mlp_out_std, name='mlp')
+                block.init_std, dtype, block.mlp_out_std, Lora(block.lora), name='mlp')
       x_BxLxD = residual(x_BxLxD, lambda x: mlp(x, key=fold(key, 2)), name='norm_mlp', rate=block.dropout, noise=fold(key, 3))
     return x_BxLxD, new, aux

@@ -8,9 +8,11 @@ from flax import linen as nn
 
 from memjax.config.banks import for_inference, shared_table
 from memjax.config.errors import UserError
+from memjax.config.lora import check_found
 from memjax.config.schema import ModelConfig, mixer_names, stages
 from memjax.layers.embed import Embed, PositionTable
 from memjax.layers.linear import Linear, dropout
+from memjax.layers.lora import NOISE, Lora
 from memjax.layers.norm import make_norm
 from memjax.memory.base import Memory
 from memjax.memory.registry import make_memory, make_table
@@ -85,7 +87,8 @@ class Decoder(nn.Module):
     x_BxLxD = make_norm(c.block.norm, epsilon=c.block.norm_epsilon, dtype=dtype, name='norm')(x_BxLxD)
     if c.embedding.tie: logits_BxLxA = embed.attend(x_BxLxD)
     else:
-      logits_BxLxA = Linear(c.vocabulary, ('embed', 'vocabulary'), std=c.block.init_std, dtype=dtype, name='head')(x_BxLxD)
+      head = Linear(c.vocabulary, ('embed', 'vocabulary'), std=c.block.init_std, dtype=dtype, lora=Lora(c.block.lora), name='head')
+      logits_BxLxA = head(x_BxLxD)
     wide = jnp.promote_types(jnp.float32, dtype)
     return nn.with_logical_constraint(logits_BxLxA.astype(wide), ('batch', None, 'vocabulary')), new, summarise(aux, collect)
 
@@ -95,7 +98,7 @@ class Decoder(nn.Module):
   def _stack(self, part: str, remat: bool, collect: bool) -> nn.Module:
     kind = nn.remat(Period, prevent_cse=part != 'repeats') if remat else Period
     if part != 'repeats': return kind(self.config, self.stacks[part], collect, name=part)
-    scan = nn.scan(kind, variable_axes={'params': 0}, split_rngs={'params': True}, in_axes=(1, 0, nn.broadcast),
+    scan = nn.scan(kind, variable_axes={'params': 0}, split_rngs={'params': True, NOISE: True}, in_axes=(1, 0, nn.broadcast),
                    out_axes=(1, 0), length=self.config.repeats, metadata_params={nn.PARTITION_NAME: 'layers'})
     return scan(self.config, self.stacks[part], collect, name=part)
 
@@ -136,7 +139,8 @@ def prepare_memories(model: Decoder, params: dict) -> dict:
     for number, layer in enumerate(layers):
       for stage, (names, _) in enumerate(stages(layer)):
         for name in names:
-          memory = make_memory(c.mixers[name], c.width, dtype=compute_dtype(c), parent=None)
+          above = f'{part}/layer_{number}/mixers{f"_{stage}" if stage else ""}/{name}'
+          memory = make_memory(c.mixers[name], c.width, dtype=compute_dtype(c), lora=Lora(c.block.lora, above), parent=None)
           if type(memory).prepare is Memory.prepare: continue
           make = lambda p, memory=memory: memory.apply({'params': p}, banks, method='prepare')
           own = params[part][f'layer_{number}'][f'mixers_{stage}' if stage else 'mixers'][name]
@@ -155,15 +159,26 @@ def inference_model(config: ModelConfig) -> Decoder:
   return build_decoder(dataclasses.replace(config, mixers=for_inference(config.mixers)))
 
 
+def noise(config: ModelConfig, key: jax.Array | None) -> dict[str, jax.Array]:
+  """`rngs` for `apply` in training: the dropout of low-rank changes, where there is one, takes its random numbers from there."""
+  return {NOISE: fold(key, 1 << 16)} if config.block.lora.dropout and key is not None else {}
+
+
 def _init(model: Decoder, key: jax.Array) -> dict:
   token_BxL = jnp.zeros((1, 2), jnp.int32)
   return model.init(key, token_BxL, model.init_state(1), position_BxL=jnp.arange(2)[None])['params']
 
 
 def param_shapes(model: Decoder) -> tuple[dict, dict]:
-  """(shapes and dtypes, PartitionSpecs of logical axis names) of all parameters, computing nothing."""
+  """(shapes and dtypes, PartitionSpecs of logical axis names) of all parameters, computing nothing.
+
+  Raises UserError for low-rank changes that match no kernel.
+  """
   boxed = jax.eval_shape(lambda: _init(model, jax.random.key(0)))
-  return nn.unbox(boxed), nn.get_partition_spec(boxed)
+  shapes = nn.unbox(boxed)
+  paths = (jax.tree_util.keystr(path, simple=True, separator='/') for path, _ in jax.tree_util.tree_leaves_with_path(shapes))
+  check_found(model.config.block.lora, [path.replace('/lora_a', '/kernel') for path in paths if path.endswith('/lora_a')])
+  return shapes, nn.get_partition_spec(boxed)
 
 
 def init_params(model: Decoder, key: jax.Array) -> tuple[dict, dict]:

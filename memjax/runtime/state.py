@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from memjax.config.banks import sees_future
 from memjax.config.errors import UserError
 from memjax.config.schema import Config, ModelConfig, mixer_names
-from memjax.models.decoder import init_params, param_shapes
+from memjax.models.decoder import init_params, noise, param_shapes
 from memjax.runtime import optim, sharding
 from memjax.runtime.balance import LOAD, move_biases
 from memjax.runtime.losses import Totals, token_losses
@@ -84,7 +84,8 @@ def make_forward(model: Any, config: Config) -> Callable:
   training = config.training
   def call(params, memory, batch, key):
     logits_BxLxA, memory, aux = model.apply({'params': params}, batch['token'], memory, position_BxL=batch['position'],
-                                            mask_BxL=batch.get('mask'), key=key, remat=training.remat)
+                                            mask_BxL=batch.get('mask'), key=key, remat=training.remat,
+                                            rngs=noise(config.model, key))
     return token_losses(logits_BxLxA, batch['target'], batch['weight']), aux, memory
 
   def segments(params, memory, batch, key):

@@ -12,7 +12,7 @@ from flax import linen as nn
 from memjax.config.mixers import AttentionConfig, HolographicConfig, WindowConfig
 from memjax.config.schema import BlockConfig, EmbeddingConfig, ModelConfig
 from memjax.memory.registry import make_memory
-from memjax.models.decoder import build_decoder, init_params, param_shapes
+from memjax.models.decoder import build_decoder, init_params, noise, param_shapes
 from tests.laws.test_laws import parameters
 
 B, L, D, A = 1, 8, 8, 7
@@ -24,7 +24,7 @@ TIERS = {'tiers.kind': 'consolidate', 'tiers.interval': 4}
 HARD = {**TIERS, 'tiers.hard': True}
 HRR, UNITARY, SLOT = {'binding.kind': 'hrr'}, {'binding.kind': 'unitary'}, {'keep.kind': 'slot'}
 RANDOM, FRACTIONAL = {'binding.position': 'random'}, {'binding.position': 'fractional'}
-GELU = {'block.activation': 'gelu'}
+GELU, LORA = {'block.activation': 'gelu'}, {'block.lora.rank': 2}
 CONTRAST = {'loss.contrastive': 1.0}
 YARN = {'rope.kind': 'yarn', 'rope.factor': 4.0, 'rope.original': 64, 'rotary_base': 10.0}
 LLAMA3 = {**YARN, 'rope.kind': 'llama3'}
@@ -89,6 +89,10 @@ DECODER = [
     ('block.norm', 'layernorm', 'shape', {}), ('block.placement', 'post', 'output', {}), ('block.activation', 'gelu', 'shape', {}),
     ('block.bias', True, 'shape', {}), ('block.norm_epsilon', 0.5, 'output', {}), ('block.dropout', 0.5, 'output', {}),
     ('block.init_std', 0.5, 'start', {}), ('block.mixer_out_std', 0.5, 'start', {}), ('block.mlp_out_std', 0.5, 'start', {}),
+    ('block.lora.rank', 2, 'shape', {}), ('block.lora.alpha', 8.0, 'output', LORA), ('block.lora.stabilised', True, 'output', LORA),
+    ('block.lora.dropout', 0.5, 'output', LORA), ('block.lora.targets', ('/key/',), 'shape', LORA),
+    ('block.lora.exclude', ('/query/',), 'shape', LORA), ('block.lora.ranks', ('/query/=3',), 'shape', LORA),
+    ('block.lora.alphas', ('/query/=8.5',), 'output', LORA),
     ('block.activation', 'silu', 'output', GELU), ('block.activation', 'relu', 'output', GELU),
     ('block.activation', 'sigmoid', 'output', GELU), ('block.activation', 'tanh', 'output', GELU),
     ('embedding.tie', False, 'shape', {}), ('embedding.position', 'learned', 'shape', {'embedding.max_position': 8}),
@@ -165,7 +169,8 @@ class Model(Memory):
     shapes, rng = param_shapes(self.memory)[0], np.random.default_rng(0)
     return {'params': jax.tree.map(lambda a: jnp.asarray(0.5 * rng.normal(size=a.shape), a.dtype), shapes)}
 
-  def call(self, params): return self.memory.apply(params, self.token, self.state, position_BxL=self.position, key=self.key)
+  def call(self, params):
+    return self.memory.apply(params, self.token, self.state, position_BxL=self.position, key=self.key, rngs=noise(self.config, self.key))
 
 
 @functools.cache

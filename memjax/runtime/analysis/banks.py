@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from memjax.config.banks import BANKS, shared_table
+from memjax.layers.lora import Lora
 from memjax.memory.bank import scale_free_norm
 from memjax.memory.registry import make_memory, make_table
 from memjax.runtime.analysis.plain import round_list
@@ -71,10 +72,17 @@ def evenness(count: np.ndarray) -> dict[str, float]:
 
 # The tables and what is near to their entries ------------------------------------------------------------------------------------
 
+def own_path(found: Run, place: Any) -> str:
+  """'repeats/layer_0/mixers/bank', where the parameters of one memory are."""
+  stages = found.params[place.part][place.layer]
+  own = next(name for name, stage in stages.items() if name.startswith('mixers') and place.mixer in stage)
+  return f'{place.part}/{place.layer}/{own}/{place.mixer}'
+
+
 def own_params(found: Run, place: Any) -> dict:
   """The parameters of one memory."""
-  stages = found.params[place.part][place.layer]
-  own = next(stage[place.mixer] for name, stage in stages.items() if name.startswith('mixers') and place.mixer in stage)
+  part, layer, stage, mixer = own_path(found, place).split('/')
+  own = found.params[part][layer][stage][mixer]
   return jax.tree.map(lambda a: a[place.repeat], own) if place.part == 'repeats' else own
 
 
@@ -101,7 +109,7 @@ def directions(found: Run, place: Any, rows_NxW: jax.Array) -> tuple[str, np.nda
   config = found.model.config
   mixer = config.mixers[place.mixer]
   if mixer.kind == 'bank' and rows_NxW.shape[1] == config.width: return DIRECT, np.asarray(rows_NxW)
-  memory = make_memory(mixer, config.width, parent=None)
+  memory = make_memory(mixer, config.width, lora=Lora(config.block.lora, own_path(found, place)), parent=None)
   def through(memory, rows_NxW):
     if mixer.kind == 'product_key': return memory.out(rows_NxW)
     value = memory.value(scale_free_norm(rows_NxW, mixer.mixing.norm, mixer.mixing.norm_epsilon))
