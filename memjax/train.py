@@ -76,9 +76,26 @@ def start(parts: Parts, workdir: str, values: dict, identity: dict):
     logger.info('resumed %s at step %d', workdir, step)
     return state, Early.from_json(record['early'])
   if values['resume_from']: return _continue(parts, values['resume_from'], identity), Early()
+  if not values['init_from']: return first_state(parts), Early()
   state = init_state(parts.model, parts.optimizer, parts.config, parts.abstract)
-  if values['init_from']: state = state._replace(params=_read(parts, values['init_from']))
-  return state, Early()
+  return state._replace(params=_read(parts, values['init_from'])), Early()
+
+
+def first_state(parts: Parts):
+  """The state of a run that starts from nothing, or from the pretrained checkpoint in training.host."""
+  import jax
+
+  from memjax.adapters.graft import load_host
+  from memjax.runtime.state import init_state
+  from memjax.runtime.tree import named, unnamed
+  config, abstract = parts.config, parts.abstract
+  state = init_state(parts.model, parts.optimizer, config, abstract)
+  if not config.training.host: return state
+  host = named(load_host(config.model, config.training.host, mesh=parts.mesh))
+  fresh = {name: x for name, x in named(state.params).items() if name not in host}
+  logger.info('parameters of %s; %d arrays of memories are new', config.training.host, len(fresh))
+  params = unnamed({**host, **fresh}, abstract.params)
+  return state._replace(params=jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), params, abstract.params))
 
 
 def _continue(parts: Parts, source: str, identity: dict):
@@ -135,6 +152,7 @@ def train(parts: Parts, workdir: str, values: dict) -> int:
     if status == DIVERGED: logger.error('lower the learning rate or clip harder; the last good state is checkpoint %d', int(state.step))
     if status != DONE or jax.process_index() > 0: return status
     finish(parts, workdir, lambda params: score(params, splits['test']), log)
+    keep_adapter(parts, workdir)
     print(figures(workdir, splits[config.evaluation.split]) if values['figures'] else os.path.abspath(workdir))
   return status
 
@@ -157,6 +175,16 @@ def finish(parts: Parts, workdir: str, score, log) -> None:
     print(f'sample:\n{text}')
 
 
+def keep_adapter(parts: Parts, workdir: str) -> None:
+  """Leaves W/adapter, the memories of the best checkpoint alone, where the pretrained host was frozen."""
+  from memjax.adapters.graft import adapter_of, save_adapter
+  memories = adapter_of(parts.abstract.params, parts.config.model)
+  if not (parts.config.training.host and memories and set(parts.optimizer.groups) <= {*memories, *parts.optimizer.frozen}): return
+  folder = os.path.join(workdir, 'adapter')
+  save_adapter(folder, parts.config.model, _read(parts, workdir))
+  logger.info('the memories without their host are in %s', folder)
+
+
 def figures(workdir: str, tokens) -> str:
   """Path of W/analysis with the figures of the best checkpoint; the cost of attention is left to memjax.analyze."""
   from memjax.runtime.analysis.report import write_analysis
@@ -168,10 +196,10 @@ def find_rate(config, tokenizer, workdir: str) -> None:
   """Sweeps the learning rate of all groups that are trained and prints the suggestion; W holds only its results."""
   from memjax.data.tokens import tokenize_split
   from memjax.runtime import lr_finder
-  from memjax.runtime.state import init_state, make_train_step
+  from memjax.runtime.state import make_train_step
   parts = build(config, tokenizer, lr_finder.sweep)
   tokens = tokenize_split(config.data, tokenizer, 'train')
-  state = init_state(parts.model, parts.optimizer, config, parts.abstract)
+  state = first_state(parts)
   step = make_train_step(parts.model, parts.optimizer, config, parts.abstract)
   result = lr_finder.find_rate(step, state, batches_from(parts, tokens, 0), parts.mesh)
   os.makedirs(workdir, exist_ok=True)

@@ -98,6 +98,7 @@ REFUSED = [
   ('model.mixers.seed.key_width=32', 'config.model.mixers.seed.key_width=32 is below width=64'),
   ('model.pattern=swa+swa', "config.model.pattern layer 'swa+swa' names a mixer twice"),
   ('model.pattern=swa:gate', "config.model.pattern layer 'swa:gate' gates 1 mixers; a gate needs two"),
+  ('model.pattern=swa:bare model.hidden=-1', "config.model.pattern layer 'swa:bare' leaves out a feed-forward network; hidden is -1"),
   ('model.suffix=none', "config.model.suffix names 'none', which is not one of mixers"),
   ('model.grafted=none', "config.model.grafted names 'none', which is not one of mixers"),
   ('model.hidden=-1 model.block.mlp_out_std=1', 'config.model.block.mlp_out_std applies to a feed-forward network'),

@@ -132,14 +132,14 @@ class Place(NamedTuple):
 def tensor_places(config: ModelConfig) -> dict[str, Place]:
   """{name in a checkpoint: its place} for the decoder of `family_config`, or the same with memories beside its attention.
 
-  The layers that hold an attention are those of the checkpoint, in order; memories have no tensors here.
+  The layers that hold an attention (not a grafted one) are those of the checkpoint, in order; memories have no tensors here.
   """
   places = {EMBED: Place(('embed', 'table'), -1, False), 'model.norm.weight': Place(('norm', 'scale'), -1, False)}
   if not config.embedding.tie: places[HEAD] = Place(('head', 'kernel'), -1, True)
   number = 0
-  for part, repeat, layer in _walk(config):
+  for part, repeat, layer in walk_layers(config):
     found = [(stage, name) for stage, (names, _) in enumerate(stages(layer)) for name in names
-             if isinstance(config.mixers[name], AttentionConfig)]
+             if isinstance(config.mixers[name], AttentionConfig) and name not in config.grafted]
     if not found: continue
     for name, path in _layer_tensors(config, *found[0]):
       places[f'model.layers.{number}.{name}'] = Place((*part, *path), repeat, path[-1] == 'kernel')
@@ -147,7 +147,7 @@ def tensor_places(config: ModelConfig) -> dict[str, Place]:
   return places
 
 
-def _walk(config: ModelConfig) -> Iterator[tuple[tuple[str, str], int, str]]:
+def walk_layers(config: ModelConfig) -> Iterator[tuple[tuple[str, str], int, str]]:
   """(part and layer in the parameters, repeat, pattern) of all layers in order."""
   yield from ((('prefix', f'layer_{i}'), -1, layer) for i, layer in enumerate(config.prefix))
   for repeat in range(config.repeats):

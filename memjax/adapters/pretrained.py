@@ -46,10 +46,15 @@ def load_pretrained(folder: str, *, mesh: Mesh | None = None, dtype: str = 'floa
   `dtype` is that of computation, `param_dtype` that of the stored parameters, split over `mesh` as in training or on the
   default device without one. Raises UserError for what cannot be read exactly: see `family_config`, `Checkpoint`, `load_params`.
   """
+  config, checkpoint = open_pretrained(folder, dtype=dtype)
+  return config, load_params(config, checkpoint, mesh=mesh, param_dtype=param_dtype)
+
+
+def open_pretrained(folder: str, *, dtype: str = 'float32') -> tuple[ModelConfig, Checkpoint]:
+  """(config, tensors) of such a folder; no tensor is moved yet."""
   config = family_config(read_json(os.path.join(folder, 'config.json')), path=os.path.join(folder, 'config.json'), dtype=dtype)
   checkpoint = Checkpoint(folder)
-  config = settle_head(config, checkpoint)
-  return config, load_params(config, checkpoint, mesh=mesh, param_dtype=param_dtype)
+  return settle_head(config, checkpoint), checkpoint
 
 
 def read_json(path: str) -> dict:

@@ -1,4 +1,4 @@
-"""Reads safetensors: one file or shards with an index, memory-mapped, one tensor at a time. Strict, and bounded by the file.
+"""Safetensors: one file or shards with an index, read memory-mapped, one tensor at a time. Strict, and bounded by the file.
 
 Layout: u64 little-endian length of the header, JSON header {name: {dtype, shape, data_offsets}}, then the data. A file that
 breaks a rule is one UserError that begins with its path: nothing of it is read.
@@ -7,6 +7,7 @@ import json
 import math
 import mmap
 import os
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -107,6 +108,28 @@ def _entry(name: str, value: Any, start: int) -> Entry:
   if end - begin != math.prod(shape) * SIZES[dtype]:
     raise UserError(f'{where} {dtype} {shown(shape)} takes {math.prod(shape) * SIZES[dtype]} bytes, its offsets span {end - begin}')
   return Entry(dtype, tuple(shape), start + begin, start + end)
+
+
+def write_safetensors(path: str, tensors: Mapping[str, Any]) -> None:
+  """Leaves the file whole or not at all: the tensors in the order of their names, fetched from their devices one at a time.
+
+  Raises UserError for a type other than F32, F16 and BF16 and where the machine refuses.
+  """
+  types, header, end = {dtype: name for name, dtype in FLOATS.items()}, {'__metadata__': {'format': 'pt'}}, 0
+  for name, value in sorted(tensors.items()):
+    dtype = np.dtype(value.dtype)
+    if dtype not in types: raise UserError(f'{path}: {shown(name)} is {dtype}; weights are {", ".join(FLOATS)}')
+    begin, end = end, end + math.prod(value.shape) * dtype.itemsize
+    header[name] = {'dtype': types[dtype], 'shape': list(value.shape), 'data_offsets': [begin, end]}
+  text = json.dumps(header).encode()
+  text += b' ' * (-len(text) % 8)                       # the data begin at a multiple of eight bytes
+  try:
+    with open(f'{path}.tmp', 'wb') as file:
+      file.write(len(text).to_bytes(8, 'little') + text)
+      for _, value in sorted(tensors.items()): file.write(np.ascontiguousarray(value).tobytes())
+    os.replace(f'{path}.tmp', path)
+  except OSError as error:
+    raise UserError(f'{path} cannot be written: {error.strerror}') from None
 
 
 class Checkpoint:

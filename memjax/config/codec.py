@@ -29,12 +29,12 @@ def thaw(config: Any) -> ConfigDict:
   return ConfigDict(to_tree(config)).lock()
 
 
-def freeze(tree: Any, *, path: str = ROOT) -> Config:
-  """The Config that a ConfigDict or a nested dict describes; what is absent keeps its default.
+def freeze(tree: Any, *, path: str = ROOT, cls: type = Config) -> Any:
+  """The Config (or part of one, by its class) that a ConfigDict or a nested dict describes; what is absent keeps its default.
 
   Raises ConfigError for unknown keys, wrong types, kinds, choices, ranges and combinations.
   """
-  return _build(Config, tree, path)
+  return _build(cls, tree, path)
 
 
 def to_json(config: Any) -> dict:

@@ -93,11 +93,12 @@ def parameter_rules(model: ModelConfig) -> tuple[str, ...]:
   """`optimizer.rules` that sort parameters into the groups lora (low-rank changes), memory_bank (tables), memory and base; only
   those that exist.
 
-  memory: banks and context banks, their routers and norms, and the feed-forward networks of layers that hold nothing else.
+  memory: banks, context banks and what is grafted, their routers and norms, and the feed-forward networks of layers that hold
+  nothing else.
   """
   parts = {'prefix': model.prefix, 'repeats': model.pattern if model.repeats else (), 'suffix': model.suffix}
   rules = [rule for part, layers in parts.items() for number, layer in enumerate(layers)
-           for rule in _layer_rules(f'^{part}/layer_{number}', layer, model.mixers)]
+           for rule in _layer_rules(f'^{part}/layer_{number}', layer, model)]
   tables = any(model.mixers[name].kind in BANKS for layer in model.layers for names, _ in stages(layer) for name in names)
   changes = [f'{CHANGES}=lora'] if model.block.lora.rank else []
   return (*changes, *([f'{TABLE}=memory_bank'] if tables else []), *(f'{rule}=memory' for rule in rules), '.*=base')
@@ -114,12 +115,12 @@ def train_only(model: ModelConfig, trained: Mapping[str, GroupConfig]) -> dict[s
   return {'rules': rules, 'groups': {name: trained.get(name, GroupConfig(rate=0.0)) for name in names}}
 
 
-def _layer_rules(path: str, layer: str, mixers: dict[str, Any]) -> list[str]:
+def _layer_rules(path: str, layer: str, model: ModelConfig) -> list[str]:
   """The regular expression of the memory's parameters in one layer; none where it has no memory."""
   found, is_whole = [], True
   for number, (names, _) in enumerate(stages(layer)):
     suffix = f'_{number}' if number else ''
-    memories = [name for name in names if mixers[name].kind in (*BANKS, 'context')]
+    memories = [name for name in names if model.mixers[name].kind in (*BANKS, 'context') or name in model.grafted]
     found += [f'mixers{suffix}/{name}' for name in memories] + ([f'norm_mixer{suffix}'] if len(memories) == len(names) else [])
     is_whole = is_whole and len(memories) == len(names)
   if not found: return []

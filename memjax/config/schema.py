@@ -6,14 +6,14 @@ from memjax.config.lora import LoraConfig
 from memjax.config.mixers import MIXERS, SEEDS, AttentionConfig
 from memjax.config.options import config, option
 
-GATE = ':gate'
+GATE, BARE = ':gate', ':bare'
 ACTIVATIONS = ('swiglu', 'silu', 'relu', 'gelu', 'sigmoid', 'tanh')
 
 
 def stages(layer: str) -> tuple[tuple[tuple[str, ...], bool], ...]:
-  """((('swa', 'mem'), True), (('bank',), False)) for 'swa+mem:gate>bank': the residual stages of one layer in order, each
-  with its mixers and whether a learned gate mixes them."""
-  return tuple((tuple(stage.removesuffix(GATE).split('+')), stage.endswith(GATE)) for stage in layer.split('>'))
+  """((('swa', 'mem'), True), (('bank',), False)) for 'swa+mem:gate>bank' (or that with ':bare'): the residual stages of one
+  layer in order, each with its mixers and whether a learned gate mixes them."""
+  return tuple((tuple(stage.removesuffix(GATE).split('+')), stage.endswith(GATE)) for stage in layer.removesuffix(BARE).split('>'))
 
 
 def mixer_names(layer: str) -> tuple[str, ...]:
@@ -56,7 +56,8 @@ class ModelConfig:
   hidden: int = option(0, 'F, channels of the feed-forward network; 0 = automatic, -1 = no such network', low=-1)
   vocabulary: int = option(0, 'A, tokens; 0 = that of the tokenizer', low=0)
   mixers: dict[str, object] = option({'attention': AttentionConfig()}, 'name -> memory')
-  pattern: tuple[str, ...] = option(('attention',), "layers that repeat; 'a+b' adds, 'a+b:gate' mixes by a gate, 'a>b' does b after a")
+  pattern: tuple[str, ...] = option(('attention',), "layers that repeat; 'a+b' adds, 'a+b:gate' mixes by a gate, 'a>b' does b after "
+                                    "a, 'a:bare' has no feed-forward network")
   repeats: int = option(4, 'I, how often the pattern repeats', low=0)
   prefix: tuple[str, ...] = option((), 'layers before the repeats')
   suffix: tuple[str, ...] = option((), 'layers after the repeats')
@@ -75,6 +76,7 @@ class ModelConfig:
         names = mixer_names(layer)
         for name in names: refuse(name not in self.mixers, f'{where} names {name!r}, {known}')
         refuse(len(set(names)) != len(names), f'{where} layer {layer!r} names a mixer twice')
+        refuse(layer.endswith(BARE) and self.hidden < 0, f'{where} layer {layer!r} leaves out a feed-forward network; hidden is -1')
         for some, gated in stages(layer):
           refuse(gated and len(some) != 2, f'{where} layer {layer!r} gates {len(some)} mixers; a gate needs two')
           for name in some if len(some) > 1 else ():
@@ -171,6 +173,7 @@ class TrainingConfig:
   remat: bool = option(False, 'recompute each layer in the backward pass')
   log_every: int = option(10, 'steps between rows of metrics.jsonl', low=1)
   nan_limit: int = option(3, 'non-finite steps in a row before stopping', low=1)
+  host: str = option('', "folder of a pretrained checkpoint that a new run starts from; its memories start afresh; '' = none")
 
   def __post_init__(self):
     refuse(self.batch % self.accumulate != 0, f'batch={self.batch} is not a multiple of accumulate={self.accumulate}')

@@ -7,7 +7,7 @@ from flax import linen as nn
 from flax import struct
 
 from memjax.config.banks import own_dropout
-from memjax.config.schema import ModelConfig, mixer_names, stages
+from memjax.config.schema import BARE, ModelConfig, mixer_names, stages
 from memjax.layers.linear import Linear, dropout
 from memjax.layers.lora import Lora
 from memjax.layers.mlp import MLP, hidden_width
@@ -83,7 +83,8 @@ def branch_dropout(config: ModelConfig, names: tuple[str, ...]) -> float:
 
 
 class Layer(nn.Module):
-  """x + mixers(norm x) for each stage, then + MLP(norm x); with placement 'post' the norms follow the residual sums instead."""
+  """x + mixers(norm x) for each stage, then + MLP(norm x) unless the layer is ':bare'; with placement 'post' the norms follow
+  the residual sums instead."""
   config: ModelConfig
   layer: str
 
@@ -108,7 +109,7 @@ class Layer(nn.Module):
         aux.update(told)
         return y
       x_BxLxD = residual(x_BxLxD, mixers, name=f'norm_mixer{suffix}', rate=branch_dropout(c, names), noise=fold(own, 1))
-    if c.hidden >= 0:
+    if c.hidden >= 0 and not self.layer.endswith(BARE):
       mlp = MLP(hidden_width(c.width, c.hidden, block.activation), block.activation, block.bias, block.dropout if not pre else 0.0,
                 block.init_std, dtype, block.mlp_out_std, Lora(block.lora), name='mlp')
       x_BxLxD = residual(x_BxLxD, lambda x: mlp(x, key=fold(key, 2)), name='norm_mlp', rate=block.dropout, noise=fold(key, 3))

@@ -1,0 +1,219 @@
+"""Memories put after chosen layers of a loaded model: its config, its parameters, and files that hold the memories alone.
+
+Each memory is a layer of its own without feed-forward network, h + Mem(norm h), whose output projection starts at zero: the
+logits are bit-equal to those of the host until the first update (float32; bfloat16 with XLA's excess precision off).
+"""
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+import memjax
+from memjax.adapters.families import walk_layers
+from memjax.adapters.pretrained import load_params, open_pretrained, read_json
+from memjax.adapters.safetensors import SafeTensors, write_safetensors
+from memjax.config.banks import BANKS
+from memjax.config.codec import freeze, leaves, to_json
+from memjax.config.errors import ConfigError, UserError, nearest, refuse, shown
+from memjax.config.placement import SHARINGS, fold, place, share
+from memjax.config.schema import BARE, ModelConfig, mixer_names
+from memjax.models.decoder import build_decoder, init_params, param_shapes, shared_tables
+
+PARTS = ('prefix', 'repeats', 'suffix')
+FILE, DESCRIPTION, VERSION = 'memory_adapter.safetensors', 'memory_config.json', 1
+FREE = ('dtype', 'block.dropout', 'block.init_std', 'block.mixer_out_std', 'block.mlp_out_std', 'block.lora', 'embedding.std')
+LAYOUT = ('prefix', 'pattern', 'repeats', 'suffix')      # and FREE: fields in which equal hosts may differ
+SAMPLES = 64                           # numbers of each array of the host that its fingerprint looks at
+
+Home = tuple[tuple[str, str], int]     # part and layer in the parameters, repeat (-1: not scanned)
+
+
+def graft(config: ModelConfig, memory: Any, *, where: Sequence[int], name: str = 'memory', sharing: str = 'per_layer',
+          sharing_k: int = 2) -> ModelConfig:
+  """The config with a memory after each of the layers `where`, counted from 0 among those of the host.
+
+  `place(depth, kind, ...)` gives `where` for a placement. The tables of banks are shared as in `arrange`. May be used again on
+  its result, under another name: a later memory stands after an earlier one. Raises ConfigError for layers that are not there,
+  a name in use, a sharing of what has no table, and a memory that does not go with the width of the host.
+  """
+  where = place(host_of(config).depth, 'custom', indices=where)
+  refuse(sharing not in SHARINGS, f'sharing must be one of {", ".join(SHARINGS)}, not {sharing!r}{nearest(sharing, SHARINGS)}')
+  refuse(sharing != 'per_layer' and memory.kind not in BANKS, f'sharing={sharing!r} goes with the tables of {" and ".join(BANKS)}')
+  refuse(sharing == 'every_k_layers' and sharing_k < 1, f'sharing_k={sharing_k} must be at least 1')
+  names = [f'{name}_{number // sharing_k}' if sharing == 'every_k_layers' else name for number in range(len(where))]
+  for new in names: refuse(new in config.mixers, f'name={name!r} is that of another mixer of the model ({new})')
+  tables = {new: share(memory, '' if sharing == 'per_layer' else new) if memory.kind in BANKS else memory for new in names}
+  layers, number, given = [], -1, dict(zip(where, names, strict=True))
+  for layer in (*config.layers, ''):
+    if not _is_inserted(config, layer):
+      if number in given: layers.append(f'{given[number]}{BARE}')
+      number += 1
+    layers.append(layer)
+  return dataclasses.replace(config, mixers=config.mixers | tables, grafted=(*config.grafted, *tables), **fold(layers[:-1]))
+
+
+def _is_inserted(config: ModelConfig, layer: str) -> bool:
+  return layer.endswith(BARE) and set(mixer_names(layer)) <= set(config.grafted)
+
+
+def host_of(config: ModelConfig) -> ModelConfig:
+  """The config without what was grafted; the config itself where nothing was."""
+  layers = [layer for layer in config.layers if not _is_inserted(config, layer)]
+  if len(layers) == config.depth: return config
+  gone = {name for layer in config.layers if _is_inserted(config, layer) for name in mixer_names(layer)}
+  return dataclasses.replace(config, mixers={name: mixer for name, mixer in config.mixers.items() if name not in gone},
+                             grafted=tuple(name for name in config.grafted if name not in gone), **fold(layers))
+
+
+def adapter_of(params: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
+  """{path: array} of the memories' parameters: their layers and the tables that they share."""
+  inserted = {home for home, _, layer in walk_layers(config) if _is_inserted(config, layer)}
+  own = {f'bank_{table}' for table in set(shared_tables(config)) - set(shared_tables(host_of(config)))}
+  found = {tuple(path.split('/')): leaf for path, leaf in _flat(params).items()}
+  return {'/'.join(path): leaf for path, leaf in found.items() if path[:2] in inserted or path[0] in own}
+
+
+def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
+  """{path: leaf} of nested dictionaries."""
+  found = jax.tree_util.tree_leaves_with_path(tree)
+  return {jax.tree_util.keystr(path, simple=True, separator='/'): leaf for path, leaf in found}
+
+
+def graft_params(host_params: Mapping[str, Any], config: ModelConfig, key: jax.Array) -> dict[str, Any]:
+  """The parameters of a grafted config: the host's arrays as they are, those of the memories fresh.
+
+  `host_params` are laid out as `host_of(config)`, which is how `load_pretrained` gives them; only where layers are no longer
+  scanned together are they cut and joined again. Raises UserError for parameters of another layout.
+  """
+  fresh = jax.jit(lambda key: adapter_of(init_params(build_decoder(config), key)[0], config))(key)
+  return join_adapter(host_params, fresh, config)
+
+
+def split_adapter(params: Mapping[str, Any], config: ModelConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+  """(the host's parameters in the layout of `host_of(config)`, {path: array} of the memories)."""
+  return _laid_out(params, config, host_of(config)), adapter_of(params, config)
+
+
+def join_adapter(host_params: Mapping[str, Any], adapter: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
+  """The parameters of a grafted config from what `split_adapter` gave. Raises UserError for parts that do not fit it."""
+  _compare(_flat(host_params), _flat(param_shapes(build_decoder(host_of(config)))[0]), 'the host')
+  _compare(adapter, adapter_of(param_shapes(build_decoder(config))[0], config), 'the adapter')
+  params = _laid_out(host_params, host_of(config), config)
+  for path, leaf in adapter.items():
+    *above, last = path.split('/')
+    functools.reduce(lambda node, name: node.setdefault(name, {}), above, params)[last] = leaf
+  return params
+
+
+def _compare(found: Mapping[str, Any], wanted: Mapping[str, Any], what: str) -> None:
+  for path in sorted(set(found) ^ set(wanted)):
+    raise UserError(f'{what} {"has an unknown" if path in found else "lacks the"} parameter {shown(path)}')
+  for path, like in wanted.items():
+    if tuple(found[path].shape) != tuple(like.shape):
+      raise UserError(f'{what} has a parameter {path} of {list(found[path].shape)}; the config makes it {list(like.shape)}')
+
+
+def _laid_out(params: Mapping[str, Any], source: ModelConfig, target: ModelConfig) -> dict[str, Any]:
+  """The host's part of parameters, laid out as `target` scans its layers. Arrays that stay whole are the same."""
+  homes = [(home, repeat) for home, repeat, layer in walk_layers(source) if not _is_inserted(source, layer)]
+  wanted: dict[tuple[str, str], list[Home]] = {}
+  kept = [home for home, _, layer in walk_layers(target) if not _is_inserted(target, layer)]
+  for home, origin in zip(kept, homes, strict=True): wanted.setdefault(home, []).append(origin)
+  tables = {f'bank_{table}' for table in shared_tables(host_of(source))}
+  out = {name: node for name, node in params.items() if name not in PARTS and (not name.startswith('bank_') or name in tables)}
+  for (part, layer), origins in wanted.items(): out.setdefault(part, {})[layer] = _gather(params, origins, part == 'repeats')
+  return out
+
+
+def _gather(params: Mapping[str, Any], origins: list[Home], is_scanned: bool) -> Any:
+  """One layer of the target: a layer of the source as it is, a slice of one, or slices joined."""
+  part, layer = origins[0][0]
+  node = params[part][layer]
+  length = len(jax.tree.leaves(node)[0])
+  if is_scanned and origins == [((part, layer), number) for number in range(length)]: return node
+  rows = [params[p][name] if repeat < 0 else jax.tree.map(lambda a, n=repeat: a[n], params[p][name]) for (p, name), repeat in origins]
+  return jax.tree.map(lambda *pieces: jnp.stack(pieces), *rows) if is_scanned else rows[0]
+
+
+def load_host(config: ModelConfig, folder: str, *, mesh: Mesh | None = None) -> dict[str, Any]:
+  """The parameters of the checkpoint in a folder, laid out as the grafted `config`; the memories' are not in the tree.
+
+  Raises UserError for a checkpoint that cannot be read, and for one of another config than the host's.
+  """
+  found, tensors = open_pretrained(folder)
+  if name := _difference(found, host_of(config)):
+    raise UserError(f'{folder} is not the host of this config: they differ in {name}')
+  return load_params(config, tensors, mesh=mesh)
+
+
+def _facts(config: ModelConfig) -> dict[str, Any]:
+  """What decides the function and the tensors of a host, however its layers are scanned."""
+  tree = {name: value for name, value in leaves(to_json(config)) if not name.startswith((*FREE, *LAYOUT))}
+  return tree | {'layers': list(config.layers)}
+
+
+def _difference(one: ModelConfig, other: ModelConfig) -> str:
+  """The first field in which two hosts differ, '' for none."""
+  a, b = _facts(one), _facts(other)
+  return next((name for name in {**a, **b} if name not in a or name not in b or a[name] != b[name]), '')
+
+
+def fingerprint(config: ModelConfig, params: Mapping[str, Any]) -> str:
+  """A hash of a host: its config and some numbers of each of its arrays, which count in bfloat16, so that the type they
+  were loaded in does not. `params` are laid out as `config`, which has no memories."""
+  digest = hashlib.sha256(json.dumps(_facts(config), sort_keys=True).encode())
+  for path, leaf in sorted(_flat(params).items(), key=lambda item: item[0]):
+    size = int(np.prod(leaf.shape))
+    at = np.unravel_index(np.arange(0, size, max(1, size // SAMPLES))[:SAMPLES], leaf.shape)
+    digest.update(path.encode() + np.asarray(leaf[at]).astype(jnp.bfloat16).tobytes())
+  return digest.hexdigest()
+
+
+def save_adapter(folder: str, config: ModelConfig, params: Mapping[str, Any]) -> None:
+  """Writes the memories of grafted parameters: their arrays (float32, float16 or bfloat16) and what they belong to.
+
+  Raises UserError for arrays of integers (quantise after loading instead), and where the machine refuses.
+  """
+  host, adapter = split_adapter(params, config)
+  if not adapter: raise UserError('nothing is grafted; there is no adapter to save')
+  text = {'version': VERSION, 'memjax': memjax.__version__, 'host': fingerprint(host_of(config), host), 'model': to_json(config)}
+  path = os.path.join(folder, DESCRIPTION)
+  try:
+    os.makedirs(folder, exist_ok=True)
+    write_safetensors(os.path.join(folder, FILE), adapter)
+    with open(f'{path}.tmp', 'w', encoding='utf-8') as file: file.write(json.dumps(text, indent=2) + '\n')
+    os.replace(f'{path}.tmp', path)
+  except OSError as error:
+    raise UserError(f'{folder} cannot be written: {error.strerror}') from None
+
+
+def load_adapter(folder: str, host_config: ModelConfig, host_params: Mapping[str, Any], *,
+                 force: bool = False) -> tuple[ModelConfig, dict[str, Any]]:
+  """(grafted config, parameters) of an adapter in a folder on its host; computed in the host's dtype.
+
+  Raises UserError for files that are missing or damaged and for another host than the one it was made for; `force` allows
+  other weights, not another config.
+  """
+  path = os.path.join(folder, DESCRIPTION)
+  tree = read_json(path)
+  if tree.get('version') != VERSION: raise UserError(f'{path} is not the description of a memory adapter of version {VERSION}')
+  try:
+    config = dataclasses.replace(freeze(tree.get('model'), path='model', cls=ModelConfig), dtype=host_config.dtype)
+  except ConfigError as error:
+    raise UserError(f'{path}: {error}') from None
+  if name := _difference(host_config, host_of(config)): raise UserError(f'{path} belongs to another host: they differ in {name}')
+  if not force and tree.get('host') != fingerprint(host_config, host_params):
+    raise UserError(f'{path} belongs to another host: its weights are not these')
+  file = SafeTensors(os.path.join(folder, FILE))
+  try:
+    return config, join_adapter(host_params, {name: jnp.array(file.read(name)) for name in file.entries}, config)
+  except UserError as error:
+    raise UserError(f'{file.path}: {error}') from None
