@@ -14,6 +14,7 @@ from memjax.config.errors import UserError
 from memjax.config.flags import call, parse
 from memjax.config.schema import Config
 from memjax.runtime import flops
+from tests.adapters.gguf_files import write_case
 from tests.pieces import write_plays
 
 ROOT = Path(__file__).parent.parent
@@ -70,11 +71,13 @@ def test_links_lead_somewhere(page):
 def test_commands_of_the_readme_run(name, words, trained, monkeypatch, capsys):
   monkeypatch.chdir(ROOT)
   words = [str(trained[0]) if word.startswith('runs/') else word for word in words]
+  if 'MODEL.gguf' in words: words[words.index('MODEL.gguf')] = write_case(trained[0].parent / 'm.gguf', 'llama_plain')
   small = SMALL[name] if name != 'train' else ()
   assert call(COMMANDS[name].main, flags=COMMANDS[name].FLAGS, takes_config=name == 'train', argv=[*words, *small]) == 0
   out = capsys.readouterr().out
   if name == 'evaluate': assert json.loads(out.splitlines()[-1])['split'] == 'test'
-  if name == 'generate': assert out.startswith('ROMEO:') and len(out) > len('ROMEO:\n')
+  if name == 'generate' and '--chat' in words: assert len(out) > 1
+  elif name == 'generate': assert out.startswith('ROMEO:') and len(out) > len('ROMEO:\n')
   if name == 'analyze': assert (trained[0] / 'analysis' / 'analysis.json').exists()
 
 
