@@ -58,7 +58,10 @@ FULL = {
     'context': ContextConfig(heads=2, kv_heads=1, slots=3, ratio=2, out_gate='silu'),
 }
 
-# Scan, Step, Mask and Reach run on these; as slow tests, like all that the default suite has no time for.
+# Of these, one of each kind in the default suite; all others are slow tests.
+QUICK = ('attention', 'window', 'holographic', 'holographic-seed', 'bank', 'product-key', 'context')
+
+# Scan, Step, Mask and Reach run on these, as slow tests.
 MORE = {
     'bipolar-before': holographic(binding=BindingConfig(kind='bipolar'), read=ReadConfig(order='before', norm='full', out_gate='silu')),
     'unitary-reads': holographic(binding=BindingConfig(kind='unitary'), reads=2, keep=KeepConfig(kind='static')),

@@ -113,7 +113,14 @@ def results():
   return {config: (np.asarray(out[i][0]), float(out[i][1])) for i, config in enumerate(banks)}
 
 
-@pytest.mark.parametrize(('kind', 'fields', 'effect', 'rest'), TABLE, ids=[f'{kind} {fields}' for kind, fields, *_ in TABLE])
+def timed(row):
+  """The row as a parameter; those that compare results are slow: all of them are one long compilation."""
+  kind, fields, effect, _ = row
+  slow = [] if effect in ('shape', 'start', 'axes') else [pytest.mark.slow]
+  return pytest.param(*row, id=f'{kind} {fields}', marks=slow)
+
+
+@pytest.mark.parametrize(('kind', 'fields', 'effect', 'rest'), [timed(row) for row in TABLE])
 def test_option(kind, fields, effect, rest):
   old, new = map(find, pair(kind, fields, effect, rest))
   if effect == 'axes':

@@ -144,6 +144,7 @@ def outcome(config):
   return run(*setting(config))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('fields', 'effect', 'rest'), OPTIONS, ids=[str(fields) for fields, *_ in OPTIONS])
 def test_option(fields, effect, rest):
   old, new = (dataclasses.replace(BASE, **{**rest, **more}) for more in ({}, fields))

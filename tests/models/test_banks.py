@@ -202,6 +202,7 @@ def test_decoding_equals_the_full_forward_wherever_the_prompt_ends(whole):
   assert np.abs(alone - full)[:, :PROMPT].max() > 1e-2                       # the length of the prompt is used
 
 
+@pytest.mark.slow
 def test_greedy_text_is_the_argmax_of_the_full_forward(whole):
   """With all causal strategies in one model, prompts of two lengths, and a router that is told where they end."""
   model, params, call = whole
@@ -233,6 +234,7 @@ def test_a_model_that_sees_the_future_does_not_generate(timed):
 
 # Sharing, the residual stream, losses ------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_layers_that_share_a_table_hold_one_whose_gradients_add_up():
   """P3.2: one for all, or one for every two memory layers; each layer has its own keys and values."""
   own = ORACLE['dense']
