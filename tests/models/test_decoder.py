@@ -276,7 +276,8 @@ SHIPPED = {'tiny': (), 'mat_tiny': (), 'default': (), 'hamt_small': ('model.repe
            'wikitext2': ('model.repeats=1', 'model.vocabulary=1000'), 'hamt_seed': ('model.repeats=1', 'model.vocabulary=1000')}
 
 
-@pytest.mark.parametrize('name', SHIPPED)
+@pytest.mark.parametrize('name', [name if name.endswith('tiny') or name == 'default' else pytest.param(name, marks=pytest.mark.slow)
+                                  for name in SHIPPED])
 def test_the_first_loss_is_that_of_guessing(name):
   """Within .1 of ln V, at full width; large ones with one repeat."""
   config = load(f'configs/{name}.py').model

@@ -119,7 +119,10 @@ def same(bank, loop):
     np.testing.assert_allclose(np.asarray(getattr(bank, field.name), np.float64), want, atol=1e-11, err_msg=field.name)
 
 
-@pytest.mark.parametrize('name', ['weighted', 'online', *(pytest.param(name, marks=pytest.mark.slow) for name in ('sum', 'evict', 'lloyd'))])
+LONG = [pytest.param(name, marks=pytest.mark.slow) for name in ('sum', 'evict', 'lloyd')]
+
+
+@pytest.mark.parametrize('name', ['weighted', 'online', *LONG])
 def test_updates_and_reads_equal_a_loop(name):
   """Tokens read, account and pool one after the other, in fp64: mixed slots, masses and every leaf after each slot."""
   config, rng = CONFIGS[name], np.random.default_rng(1)
