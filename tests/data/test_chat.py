@@ -18,6 +18,7 @@ DEFAULT = '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trai
 ALL = '''{% macro show(m) %}
   {{- m.role }}={{ m.content | trim }};
 {%- endmacro %}
+    {% set unused = 1 %}
 {{ bos_token }}
 {%- for m in messages %}
     {%- if m.role == 'skip' %}{% continue %}{% endif %}
@@ -88,6 +89,7 @@ HOSTILE = [
   ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", 'RecursionError'),
   ("{% for i in range(99999) %}{{ 'x' * 1000 }}{% endfor %}", 'ValueError: the text is longer than'),
   ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", 'was stopped: it takes more than 1 s'),
+  ("{% set x = 'x' * (10**9 * (messages | length)) %}", 'MemoryError'),
   ("{% set n = namespace(s='xxxxxxxx') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}", 'MemoryError|was stopped'),
 ]
 
