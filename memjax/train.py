@@ -176,12 +176,13 @@ def finish(parts: Parts, workdir: str, score, log) -> None:
 
 
 def keep_adapter(parts: Parts, workdir: str) -> None:
-  """Leaves W/adapter, the memories of the best checkpoint alone, where the pretrained host was frozen."""
+  """Leaves W/adapter, the memories of the best checkpoint alone, where the pretrained host was frozen and has no LoRA."""
   from memjax.adapters.graft import adapter_of, save_adapter
-  memories = adapter_of(parts.abstract.params, parts.config.model)
-  if not (parts.config.training.host and memories and set(parts.optimizer.groups) <= {*memories, *parts.optimizer.frozen}): return
+  config, memories = parts.config, adapter_of(parts.abstract.params, parts.config.model)
+  if not (config.training.host and memories and set(parts.optimizer.groups) <= {*memories, *parts.optimizer.frozen}): return
+  if config.model.block.lora.rank: return
   folder = os.path.join(workdir, 'adapter')
-  save_adapter(folder, parts.config.model, _read(parts, workdir))
+  save_adapter(folder, config.model, _read(parts, workdir))
   logger.info('the memories without their host are in %s', folder)
 
 

@@ -18,7 +18,8 @@ from jax.sharding import Mesh
 
 import memjax
 from memjax.adapters.families import walk_layers
-from memjax.adapters.pretrained import load_params, open_pretrained, read_json
+from memjax.adapters.gguf_model import GgufModel
+from memjax.adapters.pretrained import Tensors, load_params, open_pretrained, read_json
 from memjax.adapters.safetensors import SafeTensors, write_safetensors
 from memjax.config.banks import BANKS
 from memjax.config.codec import freeze, leaves, to_json
@@ -143,14 +144,20 @@ def _gather(params: Mapping[str, Any], origins: list[Home], is_scanned: bool) ->
   return jax.tree.map(lambda *pieces: jnp.stack(pieces), *rows) if is_scanned else rows[0]
 
 
-def load_host(config: ModelConfig, folder: str, *, mesh: Mesh | None = None) -> dict[str, Any]:
-  """The parameters of the checkpoint in a folder, laid out as the grafted `config`; the memories' are not in the tree.
+def open_host(path: str, *, dtype: str = 'float32') -> tuple[ModelConfig, Tensors]:
+  """(config, tensors) of the checkpoint in a Hugging Face folder or in a GGUF file; no tensor is moved yet."""
+  if os.path.isdir(path): return open_pretrained(path, dtype=dtype)
+  file = GgufModel(path)
+  return file.config(dtype), file
+
+
+def load_host(config: ModelConfig, path: str, *, mesh: Mesh | None = None) -> dict[str, Any]:
+  """The parameters of the checkpoint at `path`, laid out as the grafted `config`; the memories' are not in the tree.
 
   Raises UserError for a checkpoint that cannot be read, and for one of another config than the host's.
   """
-  found, tensors = open_pretrained(folder)
-  if name := _difference(found, host_of(config)):
-    raise UserError(f'{folder} is not the host of this config: they differ in {name}')
+  found, tensors = open_host(path)
+  if name := _difference(found, host_of(config)): raise UserError(f'{path} is not the host of this config: they differ in {name}')
   return load_params(config, tensors, mesh=mesh)
 
 
@@ -180,8 +187,10 @@ def fingerprint(config: ModelConfig, params: Mapping[str, Any]) -> str:
 def save_adapter(folder: str, config: ModelConfig, params: Mapping[str, Any]) -> None:
   """Writes the memories of grafted parameters: their arrays (float32, float16 or bfloat16) and what they belong to.
 
-  Raises UserError for arrays of integers (quantise after loading instead), and where the machine refuses.
+  Raises UserError for arrays of integers (quantise after loading instead), for low-rank changes, which have files of their
+  own, and where the machine refuses.
   """
+  if config.block.lora.rank: raise UserError('the adapter would hold low-rank changes; strip or merge them first')
   host, adapter = split_adapter(params, config)
   if not adapter: raise UserError('nothing is grafted; there is no adapter to save')
   text = {'version': VERSION, 'memjax': memjax.__version__, 'host': fingerprint(host_of(config), host), 'model': to_json(config)}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from memjax import train
-from memjax.adapters.graft import adapter_of, save_adapter, split_adapter
+from memjax.adapters.graft import adapter_of, load_adapter, save_adapter, split_adapter
 from memjax.adapters.pretrained import load_pretrained
 from memjax.config.codec import read_config
 from memjax.config.flags import call, parse
@@ -23,7 +23,8 @@ PAGE = (Path(__file__).parent.parent.parent / 'docs' / 'adapt.md').read_text(enc
 CONFIG, CODE = re.findall(r'^```python\n(.*?)^```', PAGE, re.M | re.S)
 COMMAND = re.search(r'^python -m memjax\.train (.*)$', PAGE, re.M)[1]
 SMALL = ('--config.training.steps=1', '--config.training.length=16', '--config.training.batch=2', '--config.evaluation.batches=1',
-         '--config.evaluation.sample=0', '--config.mesh.data=1', '--config.data.source=path', '--nofigures')
+         '--config.evaluation.sample=0', '--config.model.mixers.memory.form.kind=gather',
+         '--config.mesh.data=1', '--config.data.source=path', '--nofigures')
 TREE = {**BASE, 'model_type': 'llama', 'vocab_size': 264, 'tie_word_embeddings': True}
 
 
@@ -77,8 +78,8 @@ def use(host, name, monkeypatch):
   return names
 
 
-def test_one_step_moves_the_memories_alone(host, monkeypatch):
-  """The page's config and code around one step of the trainer: the host is bit-equal, the adapter loads onto a fresh one."""
+def test_one_step_moves_the_memories_alone(host):
+  """The page's config around one step of the trainer: the host is bit-equal, the adapter loads onto a fresh one."""
   config, _ = parse(words(host, 'step'), train.FLAGS)
   parts = train.build(config, None)
   with jax.set_mesh(parts.mesh):
@@ -96,9 +97,9 @@ def test_one_step_moves_the_memories_alone(host, monkeypatch):
   host_config, fresh = load_pretrained(str(host))
   jax.tree.map(np.testing.assert_array_equal, split_adapter(state.params, config.model)[0], fresh)
   save_adapter(f'{host.parent}/step/adapter', config.model, state.params)
-  names = use(host, 'step', monkeypatch)
-  jax.tree.map(np.testing.assert_array_equal, names['params'], state.params)
-  assert names['host_config'] == host_config and set(names['memories']) == set(memories) and names['logits'].shape == (1, 3, 264)
+  again, params = load_adapter(f'{host.parent}/step/adapter', host_config, fresh)
+  assert again == config.model
+  jax.tree.map(np.testing.assert_array_equal, params, state.params)
 
 
 @pytest.mark.slow
@@ -108,7 +109,7 @@ def test_the_page_runs(host, monkeypatch):
   names = use(host, 'frozen', monkeypatch)
   for path, x in named(names['params']).items(): np.testing.assert_array_equal(x, found[path], err_msg=path)
   jax.tree.map(np.testing.assert_array_equal, names['host_again'], load_pretrained(str(host))[1])
-  assert names['memories']['suffix/layer_0/mixers/memory/out/kernel'].any()
+  assert names['memories']['suffix/layer_0/mixers/memory/out/kernel'].any() and names['logits'].shape == (1, 3, 264)
 
 
 @pytest.mark.slow
@@ -119,6 +120,7 @@ def test_a_host_at_its_own_rate_moves_and_leaves_no_adapter(host):
   assert not np.array_equal(found['embed/table'], load_pretrained(str(host))[1]['embed']['table'])
 
 
+@pytest.mark.slow
 def test_a_host_that_is_not_that_of_the_config(host, tmp_path, capsys):
   other = write_folder(tmp_path / 'other', {**TREE, 'rms_norm_eps': 1e-3}, {'model.embed_tokens.weight': np.zeros((264, 32))})
   assert call(train.main, flags=train.FLAGS, argv=words(host, 'other', f'--config.training.host={other}')) == 2

@@ -2,6 +2,10 @@
 import dataclasses
 import functools
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +21,7 @@ from memjax.adapters.graft import (
   join_adapter,
   load_adapter,
   load_host,
+  open_host,
   save_adapter,
   split_adapter,
 )
@@ -24,6 +29,7 @@ from memjax.adapters.pretrained import load_pretrained
 from memjax.adapters.safetensors import SafeTensors, write_safetensors
 from memjax.config.banks import BankConfig, BankShapeConfig, ProductKeyConfig, RouterConfig
 from memjax.config.errors import ConfigError, UserError
+from memjax.config.lora import LoraConfig
 from memjax.config.mixers import HolographicConfig, WindowConfig
 from memjax.config.placement import fold, parameter_rules, place
 from memjax.config.schema import GroupConfig, ModelConfig, OptimizerConfig
@@ -31,13 +37,15 @@ from memjax.models.decoder import build_decoder, param_shapes
 from memjax.runtime.optim import assign_groups
 from memjax.runtime.tree import named
 from tests.adapters.files import cases, tensors_of, write_folder
+from tests.adapters.gguf_files import write_case
 from tests.adapters.make_references import LENGTH, ROWS, tokens
 
 BANK = BankConfig(heads=4, shape=BankShapeConfig(entries=16, chapters=4), router=RouterConfig(top_k=2))
-MEMORIES = {'bank': BANK, 'holographic': HolographicConfig(heads=4), 'product_key': ProductKeyConfig(heads=2, keys=4, top_k=3, key_width=8)}
-SLOW = [('llama_plain', 'bank', (1,)), ('qwen2_window', 'holographic', (0,)), ('qwen3', 'product_key', (1,)),
-        ('mistral_window', 'bank', (0, 1))]
-GRAFTS = [*(('llama_plain', kind, (0, 1)) for kind in MEMORIES), *(pytest.param(*graft, marks=pytest.mark.slow) for graft in SLOW)]
+MEMORIES = {'bank': BankConfig(heads=4, shape=BankShapeConfig(entries=16)), 'holographic': HolographicConfig(heads=4), 'routed': BANK,
+            'product_key': ProductKeyConfig(heads=2, keys=4, top_k=3, key_width=8)}
+ALL = ('bank', 'holographic', 'product_key')
+SLOW = [('qwen2_window', ('holographic',), (0,)), ('qwen3', ('product_key',), (1,)), ('mistral_window', ('routed',), (0, 1))]
+GRAFTS = [('llama_plain', ALL, (0, 1)), *(pytest.param(*graft, marks=pytest.mark.slow) for graft in SLOW)]
 POSITION = jnp.broadcast_to(jnp.arange(LENGTH)[None], (ROWS, LENGTH))
 
 
@@ -65,28 +73,37 @@ def host_logits(hosts):
   return functools.cache(one)
 
 
-def moved(params, config, seed=0):
-  """The parameters with noise in all that was grafted."""
-  host, adapter = split_adapter(params, config)
-  rng = np.random.default_rng(seed)
-  noisy = {path: x + .1 * rng.normal(size=x.shape).astype(np.float32) for path, x in adapter.items()}
-  return join_adapter(host, noisy, config)
+def grafted_all(config, kinds, where):
+  """The config with a memory of each kind, called by it."""
+  for kind in kinds: config = graft(config, MEMORIES[kind], where=where, name=kind)
+  return config
+
+
+def drawn(host_params, config, seed=0):
+  """Parameters whose grafted part is random throughout."""
+  rng, shapes = np.random.default_rng(seed), adapter_of(param_shapes(build_decoder(config))[0], config)
+  return join_adapter(host_params, {path: .1 * rng.normal(size=x.shape).astype(np.float32) for path, x in shapes.items()}, config)
 
 
 def same(one, other):
   jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
-@pytest.mark.parametrize(('case', 'kind', 'where'), GRAFTS)
-def test_the_logits_are_those_of_the_host(case, kind, where, hosts, host_logits):
-  """Bit for bit while the output projections are zero, and not when they are moved."""
-  config, params = hosts(case)
-  new = graft(config, MEMORIES[kind], where=where)
-  assert new.depth == config.depth + len(where) and host_of(new) == config
-  grafted = graft_params(params, new, jax.random.key(0))
+@pytest.mark.parametrize(('case', 'kinds', 'where'), GRAFTS)
+def test_the_logits_are_those_of_the_host(case, kinds, where, hosts, host_logits):
+  """Bit for bit while the output projections are zero, and not when that of any memory is moved."""
+  (config, params), token_BxL = hosts(case), jnp.asarray(tokens(case))
+  new = grafted_all(config, kinds, where)
+  assert new.depth == config.depth + len(kinds) * len(where) and host_of(new) == config
+  params = graft_params(params, new, jax.random.key(0))
   call = jax.jit(functools.partial(forward, new))
-  np.testing.assert_array_equal(call(grafted, jnp.asarray(tokens(case))), host_logits(case))
-  assert np.abs(call(moved(grafted, new), jnp.asarray(tokens(case))) - host_logits(case)).max() > 1e-3
+  np.testing.assert_array_equal(call(params, token_BxL), host_logits(case))
+  host, adapter = split_adapter(params, new)
+  for kind in kinds:
+    outs = [path for path in adapter if f'/{kind}/out/' in path]
+    assert outs and not any(adapter[path].any() for path in outs)
+    one = join_adapter(host, adapter | {path: adapter[path] + .1 for path in outs}, new)
+    assert np.abs(call(one, token_BxL) - host_logits(case)).max() > 1e-3, kind
 
 
 def test_where_the_memories_stand():
@@ -116,14 +133,13 @@ def test_bad_grafts_are_refused(changes, says, hosts):
   assert says in str(caught.value) and '\n' not in str(caught.value)
 
 
-@pytest.mark.parametrize('where', [(0,), (0, 1)], ids=str)
-@pytest.mark.parametrize('sharing', ['shared', 'per_layer'])
+@pytest.mark.parametrize(('where', 'sharing'), [((0,), 'per_layer'), ((0, 1), 'shared')])
 def test_parts_and_whole(where, sharing, hosts):
   """The host's arrays come back bit for bit, scanned or not, and its own are kept where they stay whole."""
   config, params = hosts('llama_plain')
   new = graft(config, BANK, where=where, sharing=sharing)
   assert config.repeats == 2 and new.repeats == (2 if len(where) == 2 else 0)
-  grafted = graft_params(params, new, jax.random.key(1))
+  grafted = drawn(params, new)
   shapes = named(param_shapes(build_decoder(new))[0])
   assert {path: x.shape for path, x in named(grafted).items()} == {path: x.shape for path, x in shapes.items()}
   host, adapter = split_adapter(grafted, new)
@@ -156,7 +172,7 @@ def test_parts_that_do_not_fit(hosts):
 def test_decoding_with_a_cache(hosts):
   config, params = hosts('llama_plain')
   new = graft(config, HolographicConfig(heads=4), where=(0,))
-  params = moved(graft_params(params, new, jax.random.key(2)), new)
+  params = drawn(params, new)
   model, token_BxL, cut = build_decoder(new), jnp.asarray(tokens('llama_plain')), 15
   def decode(params):
     call = lambda token, state, position: model.apply({'params': params}, token, state, position_BxL=position)[:2]
@@ -175,7 +191,7 @@ def saved(hosts, tmp_path_factory):
   """(folder, config, parameters) of an adapter that was moved."""
   config, params = hosts('llama_plain')
   new = graft(config, BANK, where=(1,), sharing='shared')
-  params = moved(graft_params(params, new, jax.random.key(3)), new)
+  params = drawn(params, new)
   folder = tmp_path_factory.mktemp('saved') / 'adapter'
   save_adapter(str(folder), new, params)
   return folder, new, params
@@ -208,6 +224,8 @@ def test_another_host_is_refused_in_one_line(saved, hosts):
   same(load_adapter(str(folder), config, other, force=True)[1]['repeats' if 'repeats' in params else 'prefix'].keys(),
        params['repeats' if 'repeats' in params else 'prefix'].keys())
   with pytest.raises(UserError, match='nothing is grafted'): save_adapter(str(folder), config, host)
+  changed = dataclasses.replace(config, block=dataclasses.replace(config.block, lora=LoraConfig(rank=2)))
+  with pytest.raises(UserError, match='strip or merge them first'): save_adapter(str(folder), changed, host)
 
 
 def test_damaged_files_are_refused_in_one_line(saved, hosts, tmp_path):
@@ -234,10 +252,42 @@ def test_damaged_files_are_refused_in_one_line(saved, hosts, tmp_path):
 
 def test_a_host_is_read_into_the_layout_of_a_graft(hosts, folders):
   config, params = hosts('qwen2')
-  for new in (graft(config, BANK, where=(0,)), graft(config, WindowConfig(heads=4, window=3), where=(0, 1))):
-    same(load_host(new, folders('qwen2')), without_memories(params, new))
-    with pytest.raises(UserError, match='llama_plain is not the host of this config: they differ in mixers'):
-      load_host(new, folders('llama_plain'))
+  new = graft(config, WindowConfig(heads=4, window=3), where=(0,))
+  same(load_host(new, folders('qwen2')), without_memories(params, new))
+  with pytest.raises(UserError, match='llama_plain is not the host of this config: they differ in mixers'):
+    load_host(new, folders('llama_plain'))
+
+
+def test_a_host_is_read_from_gguf(hosts, tmp_path):
+  config, params = hosts('llama_plain')
+  new = graft(config, BANK, where=(0,))
+  path = write_case(tmp_path / 'host.gguf', 'llama_plain')
+  assert open_host(path)[0] == config
+  same(load_host(new, path), without_memories(params, new))
+
+
+BFLOAT16 = """
+import jax, jax.numpy as jnp, numpy as np
+from memjax.adapters.graft import graft, graft_params
+from memjax.adapters.pretrained import load_pretrained
+from tests.adapters.test_graft import MEMORIES, forward, tokens
+config, params = load_pretrained({folder!r}, dtype='bfloat16')
+token_BxL = jnp.asarray(tokens('llama_plain'))
+run = lambda config, params: np.asarray(jax.jit(lambda params: forward(config, params, token_BxL))(params))
+for kind, memory in MEMORIES.items():
+  new = graft(config, memory, where=(0,))
+  np.testing.assert_array_equal(run(new, graft_params(params, new, jax.random.key(0))), run(config, params), err_msg=kind)
+print('equal')
+"""
+
+
+@pytest.mark.slow
+def test_bfloat16_without_excess_precision(folders):
+  """XLA computes fused bfloat16 in float32 and would round elsewhere in the grafted program; this flag forbids it."""
+  flags = '--xla_allow_excess_precision=false --xla_backend_optimization_level=0'
+  done = subprocess.run([sys.executable, '-c', BFLOAT16.format(folder=folders('llama_plain'))], capture_output=True, text=True, check=False,
+                        cwd=Path(__file__).parent.parent.parent, env={**os.environ, 'XLA_FLAGS': flags})
+  assert done.stdout.strip() == 'equal', done.stderr[-2000:]
 
 
 def without_memories(params, new):
