@@ -10,12 +10,13 @@ import pytest
 
 from benchmarks import report
 from memjax import analyze, evaluate, generate, train
+from memjax.config.banks import BankConfig, BankShapeConfig
 from memjax.config.errors import UserError
 from memjax.config.flags import call, parse
 from memjax.config.schema import Config
 from memjax.runtime import flops
 from tests.adapters.gguf_files import write_case
-from tests.pieces import write_plays
+from tests.pieces import make_workdir, small_config, write_plays
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
@@ -65,12 +66,20 @@ def test_links_lead_somewhere(page):
   assert [link for link in local if not (page.parent / link).exists()] == []
 
 
+def with_bank(folder):
+  """A run with a bank, which the first command of the README does not train."""
+  bank = BankConfig(heads=1, shape=BankShapeConfig(entries=16))
+  config = small_config(write_plays(folder / 'plays'), mixers={'bank': bank}, pattern=('bank',))
+  return str(make_workdir(folder / 'bank', config))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(('name', 'words'), [(n, w) for n, w in IN_README if n != 'train' or '--dry_run' in w],
                          ids=lambda part: part if isinstance(part, str) else '')
 def test_commands_of_the_readme_run(name, words, trained, monkeypatch, capsys):
   monkeypatch.chdir(ROOT)
   words = [str(trained[0]) if word.startswith('runs/') else word for word in words]
+  if '--quantize' in words: words[words.index('--workdir') + 1] = with_bank(trained[0].parent)
   if 'MODEL.gguf' in words: words[words.index('MODEL.gguf')] = write_case(trained[0].parent / 'm.gguf', 'llama_plain')
   small = SMALL[name] if name != 'train' else ()
   assert call(COMMANDS[name].main, flags=COMMANDS[name].FLAGS, takes_config=name == 'train', argv=[*words, *small]) == 0
