@@ -7,6 +7,7 @@ import json
 import math
 import mmap
 import os
+import zlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -113,7 +114,8 @@ def _entry(name: str, value: Any, start: int) -> Entry:
 def write_safetensors(path: str, tensors: Mapping[str, Any]) -> None:
   """Leaves the file whole or not at all: the tensors in the order of their names, fetched from their devices one at a time.
 
-  Raises UserError for a type other than F32, F16 and BF16 and where the machine refuses.
+  What was written is read back and compared before it takes its name. Raises UserError for a type other than F32, F16 and
+  BF16 and where the machine refuses.
   """
   types, header, end = {dtype: name for name, dtype in FLOATS.items()}, {'__metadata__': {'format': 'pt'}}, 0
   for name, value in sorted(tensors.items()):
@@ -123,10 +125,19 @@ def write_safetensors(path: str, tensors: Mapping[str, Any]) -> None:
     header[name] = {'dtype': types[dtype], 'shape': list(value.shape), 'data_offsets': [begin, end]}
   text = json.dumps(header).encode()
   text += b' ' * (-len(text) % 8)                       # the data begin at a multiple of eight bytes
+  sums = {}
   try:
     with open(f'{path}.tmp', 'wb') as file:
       file.write(len(text).to_bytes(8, 'little') + text)
-      for _, value in sorted(tensors.items()): file.write(np.ascontiguousarray(value).tobytes())
+      for name, value in sorted(tensors.items()):
+        raw = np.ascontiguousarray(value).tobytes()
+        sums[name] = (tuple(value.shape), zlib.crc32(raw))
+        file.write(raw)
+      file.flush()
+      os.fsync(file.fileno())
+    found = SafeTensors(f'{path}.tmp')
+    if sums != {name: (entry.shape, zlib.crc32(found.read(name).tobytes())) for name, entry in found.entries.items()}:
+      raise UserError(f'{path}.tmp does not hold what was written')
     os.replace(f'{path}.tmp', path)
   except OSError as error:
     raise UserError(f'{path} cannot be written: {error.strerror}') from None

@@ -42,10 +42,15 @@ def rank_of(lora: LoraConfig, path: str) -> int:
   return int(_first(lora.ranks, path, lora.rank))
 
 
+def alpha_of(lora: LoraConfig, path: str) -> float:
+  """alpha of the kernel at a path."""
+  return float(_first(lora.alphas, path, lora.alpha))
+
+
 def scale_of(lora: LoraConfig, path: str) -> float:
   """s of an adapted kernel: alpha / rank, or alpha / sqrt(rank) where `stabilised`."""
   rank = rank_of(lora, path)
-  return float(_first(lora.alphas, path, lora.alpha)) / (rank ** 0.5 if lora.stabilised else rank)
+  return alpha_of(lora, path) / (rank ** 0.5 if lora.stabilised else rank)
 
 
 def _first(rules: tuple[str, ...], path: str, default: float) -> float | str:
