@@ -58,7 +58,11 @@ class GgufModel:
     self.file = GgufFile(path)
     self.folder, self.metadata = self.file.path, self.file.metadata
     self.tree = _tree(self.file)
-    self._stored = {hf_name(name): name for name in self.file.tensors if name != ROPE_FACTORS}
+    self._stored: dict[str, str] = {}
+    for name in self.file.tensors:
+      if name == ROPE_FACTORS: continue
+      other = self._stored.setdefault(hf_name(name), name)
+      if other != name: raise UserError(f'{self.folder}: tensors {shown(other)} and {shown(name)} are both {hf_name(name)}')
     heads = self.tree['num_attention_heads']
     turned = {'q': heads, 'k': self.tree.get('num_key_value_heads', heads)} if self.tree['model_type'] == 'llama' else {}
     self._turned = {f'self_attn.{one}_proj': count for one, count in turned.items()}

@@ -99,6 +99,8 @@ def test_tensors_that_are_refused(tmp_path):
       GgufModel(write_case(tmp_path / 'm.gguf', 'llama_llama3rope', tensors={'rope_freqs.weight': wrong}))
   with pytest.raises(UserError, match=r'both rope_freqs\.weight and the rope scaling .linear'):
     GgufModel(write_case(tmp_path / 'm.gguf', 'llama_llama3rope', **{'llama.rope.scaling.type': 'linear'}))
+  with pytest.raises(UserError, match=r"'output_norm\.weight' and 'model\.norm\.weight' are both model\.norm\.weight"):
+    GgufModel(write_case(tmp_path / 'm.gguf', 'llama_plain', tensors={'model.norm.weight': np.ones(32, np.float32)}))
   with pytest.raises(UserError, match=r'lacks the tensor token_embd\.weight'):
     GgufModel(write_case(tmp_path / 'm.gguf', 'llama_plain', tensors={'token_embd.weight': None}))
   with pytest.raises(UserError, match=r'attn_k\.weight.: 15 rows do not divide into pairs of 2 heads'):
