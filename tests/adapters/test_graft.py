@@ -117,7 +117,7 @@ def test_where_the_memories_stand():
   twice = graft(graft(config, BANK, where=(0, 5), name='first'), HolographicConfig(heads=4), where=(5, 4), name='second')
   assert twice.layers == ('attention', 'first:bare', *('attention',) * 4, 'second:bare', 'attention', 'first:bare', 'second:bare')
   assert host_of(twice) == config and host_of(config) is config
-  assert parameter_rules(graft(config, HolographicConfig(heads=4), where=(2,)))[-1] == '.*=base'
+  assert parameter_rules(graft(config, HolographicConfig(heads=4), where=(5,))) == ('^suffix/layer_0/=memory', '.*=base')
 
 
 @pytest.mark.parametrize(('changes', 'says'), [
