@@ -1,5 +1,7 @@
 """Low-rank changes in PEFT's files: written as PEFT writes them, read back bit for bit, refused in one line."""
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from memjax.config.errors import UserError
 from memjax.config.lora import LoraConfig, scale_of
 from memjax.models.decoder import build_decoder, param_shapes
 from memjax.runtime.tree import named
-from tests.adapters.files import cases, safetensors
+from tests.adapters.files import cases, safetensors, tensors_of, write_folder
 from tests.adapters.test_lora import QUERY_VALUE, random_params, same
 
 LLAMA = family_config(cases()['llama_plain']['config'])
@@ -121,3 +123,13 @@ def test_patterns_of_peft_end_at_dots(tmp_path):
   (path, factors), = adapter.items()
   assert path == 'repeats/layer_0/mixers/attention/query/kernel' and factors.scale == 5 / 2 ** 0.5 == scale_of(config.block.lora, path)
   assert isinstance(factors, Factors) and factors.a.shape == (2, 32, 2) and np.all(np.asarray(factors.a)[1] == 2)
+
+
+@pytest.mark.slow
+def test_the_page_on_changes_does_what_it_says(tmp_path):
+  page = (Path(__file__).parent.parent.parent / 'docs' / 'lora.md').read_text(encoding='utf-8')
+  host, names = write_folder(tmp_path / 'host', cases()['llama_plain']['config'], tensors_of('llama_plain')), {}
+  code = '\n'.join(re.findall(r'```python\n(.*?)```', page, re.DOTALL))
+  exec(compile(code.replace('HOST', host).replace('ADAPTER', str(tmp_path / 'adapter')), 'docs/lora.md', 'exec'), names)
+  assert same(names['again'], names['host']) and set(names['optimizer'].groups) == {'lora', 'base'}
+  assert named(names['params']).keys() - named(names['host']).keys() == {f'{path[:-6]}lora_{x}' for path in names['adapter'] for x in 'ab'}
