@@ -70,6 +70,7 @@ def test_memory_equals_a_loop(options):
     assert rows[0][1].clock and np.abs(rows[0][0]).max() > 0.01
 
 
+@pytest.mark.slow
 def test_one_cluster_is_dense_attention():
   """P9.3; more clusters than a token reads are not."""
   memory, params, *rest = setting(dataclasses.replace(BASE, slots=6))

@@ -73,6 +73,7 @@ def test_prefix_repeats_and_suffix_come_in_this_order(base):
   close(run(model, {**rest, **parts})[0], logits)
 
 
+@pytest.mark.slow
 def test_remat_changes_nothing(base):
   model, params, _ = base
   def grads(remat):
@@ -174,6 +175,7 @@ def test_a_grafted_memory_leaves_the_logits_bit_equal():
   assert jnp.array_equal(grafted, host) and float(jnp.abs(host).max()) > 0
 
 
+@pytest.mark.slow
 def test_a_grafted_memory_leaves_the_logits_bit_equal_in_bfloat16():
   """In a process of its own: XLA may otherwise keep bfloat16 sums in float32 in one program and not in the other."""
   flags = os.environ.get('XLA_FLAGS', '') + ' --xla_allow_excess_precision=false'
