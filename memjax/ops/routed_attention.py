@@ -36,9 +36,9 @@ class Plan(NamedTuple):
 
 
 def choose_block(pairs: int, chapters: int, block: int) -> int:
-  """Rows of a tile where `block` is 0: about the mean number of pairs a chapter, a power of two from 8 to 128 (256 on a GPU)."""
+  """Rows of a tile where `block` is 0: about the mean number of pairs a chapter, a power of two from 8 to 64 (256 on a GPU)."""
   if block: return block
-  most = 128 if jax.default_backend() == 'cpu' else 256
+  most = 64 if jax.default_backend() == 'cpu' else 256
   return max(8, min(most, 1 << max(pairs // chapters - 1, 0).bit_length()))
 
 
