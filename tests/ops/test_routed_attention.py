@@ -163,7 +163,10 @@ ATTEND = [('gather', 'mixture', {'token_chunk': 8, 'remat': False}), ('tiles', '
           ('capacity', 'joint', {}), ('capacity', 'joint_bias', {'token_chunk': 8, 'remat': False})]
 
 
-@pytest.mark.parametrize(('impl', 'mode', 'options'), ATTEND)
+LONG = [pytest.param(*row, marks=pytest.mark.slow) for row in (ATTEND[0], *ATTEND[4:])]
+
+
+@pytest.mark.parametrize(('impl', 'mode', 'options'), [*ATTEND[1:4], *LONG])
 def test_attention_equals_the_oracle(impl, mode, options):
   """P5.1, P5.8: modes, shared chapters, token chunks of 8 that do not divide 19 tokens, rounds, with and without remat."""
   (q, k, v, weight), mask = bank()
