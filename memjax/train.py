@@ -86,8 +86,8 @@ def first_state(parts: Parts):
   import jax
 
   from memjax.adapters.graft import load_host
+  from memjax.layers.tree import named, unnamed
   from memjax.runtime.state import init_state
-  from memjax.runtime.tree import named, unnamed
   config, abstract = parts.config, parts.abstract
   state = init_state(parts.model, parts.optimizer, config, abstract)
   if not config.training.host: return state

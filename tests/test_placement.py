@@ -14,9 +14,9 @@ from memjax.config.flags import load
 from memjax.config.mixers import AttentionConfig
 from memjax.config.placement import arrange, fold, parameter_rules, place
 from memjax.config.schema import GroupConfig, ModelConfig, OptimizerConfig
+from memjax.layers.tree import named, unnamed
 from memjax.models.decoder import build_decoder, param_shapes
 from memjax.runtime.optim import assign_groups
-from memjax.runtime.tree import named, unnamed
 
 BANK, KEYS = BankConfig(heads=2, shape=BankShapeConfig(entries=6)), ProductKeyConfig(heads=1, keys=2, top_k=2, key_width=4)
 ATTENTION = AttentionConfig(heads=2)

@@ -26,6 +26,7 @@ from memjax.config.codec import freeze, leaves, to_json
 from memjax.config.errors import ConfigError, UserError, nearest, refuse, shown
 from memjax.config.placement import SHARINGS, fold, place, share
 from memjax.config.schema import BARE, ModelConfig, mixer_names
+from memjax.layers.tree import named
 from memjax.models.decoder import build_decoder, init_params, param_shapes, shared_tables
 
 PARTS = ('prefix', 'repeats', 'suffix')
@@ -78,14 +79,8 @@ def adapter_of(params: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]
   """{path: array} of the memories' parameters: their layers and the tables that they share."""
   inserted = {home for home, _, layer in walk_layers(config) if _is_inserted(config, layer)}
   own = {f'bank_{table}' for table in set(shared_tables(config)) - set(shared_tables(host_of(config)))}
-  found = {tuple(path.split('/')): leaf for path, leaf in _flat(params).items()}
+  found = {tuple(path.split('/')): leaf for path, leaf in named(params).items()}
   return {'/'.join(path): leaf for path, leaf in found.items() if path[:2] in inserted or path[0] in own}
-
-
-def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
-  """{path: leaf} of nested dictionaries."""
-  found = jax.tree_util.tree_leaves_with_path(tree)
-  return {jax.tree_util.keystr(path, simple=True, separator='/'): leaf for path, leaf in found}
 
 
 def graft_params(host_params: Mapping[str, Any], config: ModelConfig, key: jax.Array) -> dict[str, Any]:
@@ -105,7 +100,7 @@ def split_adapter(params: Mapping[str, Any], config: ModelConfig) -> tuple[dict[
 
 def join_adapter(host_params: Mapping[str, Any], adapter: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
   """The parameters of a grafted config from what `split_adapter` gave. Raises UserError for parts that do not fit it."""
-  _compare(_flat(host_params), _flat(param_shapes(build_decoder(host_of(config)))[0]), 'the host')
+  _compare(named(host_params), named(param_shapes(build_decoder(host_of(config)))[0]), 'the host')
   _compare(adapter, adapter_of(param_shapes(build_decoder(config))[0], config), 'the adapter')
   params = _laid_out(host_params, host_of(config), config)
   for path, leaf in adapter.items():
@@ -177,7 +172,7 @@ def fingerprint(config: ModelConfig, params: Mapping[str, Any]) -> str:
   """A hash of a host: its config and some numbers of each of its arrays, which count in bfloat16, so that the type they
   were loaded in does not. `params` are laid out as `config`, which has no memories."""
   digest = hashlib.sha256(json.dumps(_facts(config), sort_keys=True).encode())
-  for path, leaf in sorted(_flat(params).items(), key=lambda item: item[0]):
+  for path, leaf in sorted(named(params).items(), key=lambda item: item[0]):
     size = int(np.prod(leaf.shape))
     at = np.unravel_index(np.arange(0, size, max(1, size // SAMPLES))[:SAMPLES], leaf.shape)
     digest.update(path.encode() + np.asarray(leaf[at]).astype(jnp.bfloat16).tobytes())

@@ -14,6 +14,7 @@ from memjax.layers.embed import Embed, PositionTable
 from memjax.layers.linear import Linear, dropout
 from memjax.layers.lora import NOISE, Lora
 from memjax.layers.norm import make_norm
+from memjax.layers.tree import named
 from memjax.memory.base import Memory
 from memjax.memory.registry import make_memory, make_table
 from memjax.models.block import Flow, Layer, compute_dtype, empty_memories, fold
@@ -176,8 +177,7 @@ def param_shapes(model: Decoder) -> tuple[dict, dict]:
   """
   boxed = jax.eval_shape(lambda: _init(model, jax.random.key(0)))
   shapes = nn.unbox(boxed)
-  paths = (jax.tree_util.keystr(path, simple=True, separator='/') for path, _ in jax.tree_util.tree_leaves_with_path(shapes))
-  check_found(model.config.block.lora, [path.replace('/lora_a', '/kernel') for path in paths if path.endswith('/lora_a')])
+  check_found(model.config.block.lora, [path.replace('/lora_a', '/kernel') for path in named(shapes) if path.endswith('/lora_a')])
   return shapes, nn.get_partition_spec(boxed)
 
 

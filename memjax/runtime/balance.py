@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from memjax.config.schema import ModelConfig
-from memjax.runtime.tree import named, unnamed
+from memjax.layers.tree import named, unnamed
 
 BIAS = 'selection_bias'
 LOAD = 'load'                          # what the model's aux calls the use of chapters

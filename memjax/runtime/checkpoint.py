@@ -17,8 +17,8 @@ from jax.experimental import multihost_utils
 
 from memjax.config.errors import UserError
 from memjax.config.schema import CheckpointConfig
+from memjax.layers.tree import is_empty, named, unnamed
 from memjax.runtime import checksum
-from memjax.runtime.tree import is_empty, named, unnamed
 
 logger = logging.getLogger(__name__)
 FOLDER = 'checkpoints'

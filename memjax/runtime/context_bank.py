@@ -17,9 +17,9 @@ import numpy as np
 from memjax.config.codec import to_json
 from memjax.config.errors import UserError
 from memjax.config.schema import Config
+from memjax.layers.tree import named
 from memjax.ops.context import Bank
 from memjax.runtime.checksum import checksum, crc
-from memjax.runtime.tree import named
 
 FORMAT, RECORD = 1, 'record'
 DAMAGE = (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError)

@@ -12,13 +12,13 @@ from jax.interpreters.partial_eval import dce_jaxpr
 
 from memjax.config.banks import BankFormConfig
 from memjax.config.schema import Config, ModelConfig
+from memjax.layers.tree import nbytes
 from memjax.memory.registry import make_memory
 from memjax.models.block import compute_dtype
 from memjax.models.decoder import build_decoder, param_shapes
 from memjax.runtime import optim
 from memjax.runtime.footprint import bank_footprint, bank_layers, unshared
 from memjax.runtime.state import make_gradient, make_init
-from memjax.runtime.tree import nbytes
 
 # One operation an output element. XLA counts exp, log, tanh and their like apart (as transcendentals), and so do we.
 ELEMENTWISE = frozenset((

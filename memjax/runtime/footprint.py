@@ -10,11 +10,11 @@ import jax
 from memjax.config.banks import BANKS, BankQuantConfig, shared_table
 from memjax.config.errors import UserError
 from memjax.config.schema import ModelConfig, mixer_names
+from memjax.layers.tree import named, nbytes
 from memjax.memory.registry import make_table
 from memjax.models.decoder import param_shapes, prepare_memories
 from memjax.models.quantized import SCHEMES
 from memjax.ops.quantize import packed_shapes
-from memjax.runtime.tree import named, nbytes
 
 
 def bank_layers(config: ModelConfig) -> dict[str, int]:

@@ -10,8 +10,8 @@ import optax
 
 from memjax.config.errors import UserError
 from memjax.config.schema import GroupConfig, OptimizerConfig
+from memjax.layers.tree import named, unnamed
 from memjax.runtime.balance import is_bias
-from memjax.runtime.tree import named, unnamed
 
 Flat = dict[str, jax.Array]
 

@@ -10,11 +10,11 @@ from jax.sharding import Mesh
 from memjax.config.banks import sees_future
 from memjax.config.errors import UserError
 from memjax.config.schema import Config, ModelConfig, mixer_names
+from memjax.layers.tree import named, unnamed
 from memjax.models.decoder import init_params, noise, param_shapes
 from memjax.runtime import optim, sharding
 from memjax.runtime.balance import LOAD, move_biases
 from memjax.runtime.losses import Totals, token_losses
-from memjax.runtime.tree import named, unnamed
 
 
 class TrainState(NamedTuple):

@@ -11,10 +11,10 @@ from memjax.adapters.graft import adapter_of, load_adapter, save_adapter, split_
 from memjax.adapters.pretrained import load_pretrained
 from memjax.config.codec import read_config
 from memjax.config.flags import call, parse
+from memjax.layers.tree import named
 from memjax.models.decoder import build_decoder, param_shapes
 from memjax.runtime.checkpoint import restore_for_reading
 from memjax.runtime.state import make_train_step
-from memjax.runtime.tree import named
 from tests.adapters.files import write_folder
 from tests.adapters.make_references import BASE
 from tests.pieces import write_plays

@@ -33,9 +33,9 @@ from memjax.config.lora import LoraConfig
 from memjax.config.mixers import HolographicConfig, WindowConfig
 from memjax.config.placement import fold, parameter_rules, place
 from memjax.config.schema import GroupConfig, ModelConfig, OptimizerConfig
+from memjax.layers.tree import named
 from memjax.models.decoder import build_decoder, param_shapes
 from memjax.runtime.optim import assign_groups
-from memjax.runtime.tree import named
 from tests.adapters.files import cases, tensors_of, write_folder
 from tests.adapters.gguf_files import write_case
 from tests.adapters.make_references import LENGTH, ROWS, tokens

@@ -16,11 +16,11 @@ from memjax.config.lora import LoraConfig, alpha_of, rank_of, scale_of
 from memjax.config.mixers import AttentionConfig, HolographicConfig, HolographicSeedConfig, WindowConfig
 from memjax.config.placement import parameter_rules, train_only
 from memjax.config.schema import Config, EmbeddingConfig, GroupConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainingConfig
+from memjax.layers.tree import named
 from memjax.models.decoder import build_decoder, noise, param_shapes, prepare_memories
 from memjax.runtime.optim import assign_groups, make_optimizer
 from memjax.runtime.sharding import make_mesh
 from memjax.runtime.state import abstract_state, init_state, make_train_step
-from memjax.runtime.tree import named
 
 D, A, B, L = 16, 11, 2, 6
 EVERY = LoraConfig(rank=3, alpha=6.0, targets=('kernel$',), exclude=('/gate/', '/keep/'), ranks=('/query/=2',), alphas=('/value/=9',))

@@ -12,8 +12,8 @@ from memjax.adapters.peft import CONFIG, TENSORS, load_peft, save_peft
 from memjax.adapters.safetensors import SafeTensors
 from memjax.config.errors import UserError
 from memjax.config.lora import LoraConfig, scale_of
+from memjax.layers.tree import named
 from memjax.models.decoder import build_decoder, param_shapes
-from memjax.runtime.tree import named
 from tests.adapters.files import cases, safetensors, tensors_of, write_folder
 from tests.adapters.test_lora import QUERY_VALUE, random_params, same
 

@@ -18,9 +18,9 @@ from memjax.config.banks import (
   RouterConfig,
 )
 from memjax.config.errors import UserError
+from memjax.layers.tree import named
 from memjax.memory.registry import make_memory, make_table
 from memjax.ops.quantize import dequantize, quantize
-from memjax.runtime.tree import named
 from tests.laws.test_laws import parameters
 from tests.memory.bank_oracle import (
   FACTORIZED,

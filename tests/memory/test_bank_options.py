@@ -10,9 +10,9 @@ from flax import linen as nn
 
 from memjax.config.banks import BankConfig, BankShapeConfig, ProductKeyConfig, RouterConfig, for_inference
 from memjax.config.schema import ModelConfig
+from memjax.layers.tree import named
 from memjax.memory.registry import make_memory
 from memjax.models.decoder import build_decoder, param_shapes
-from memjax.runtime.tree import named
 from tests.memory.test_options import B, D, L, Memory, change, differs, fields_of
 
 BASES = {'bank': BankConfig(heads=2, shape=BankShapeConfig(entries=20, chapters=5), router=RouterConfig(top_k=2)),

@@ -14,10 +14,10 @@ from memjax.config.context import ContextConfig
 from memjax.config.errors import UserError
 from memjax.config.mixers import AttentionConfig, WindowConfig
 from memjax.config.schema import EmbeddingConfig, ModelConfig
+from memjax.layers.tree import named, unnamed
 from memjax.models.decoder import build_decoder, init_params, param_shapes, prepare_memories, set_prompt_length, shared_tables
 from memjax.models.quantized import parse_quantization
 from memjax.runtime.sampling import Sampler, Sampling
-from memjax.runtime.tree import named, unnamed
 from tests.memory.bank_oracle import ORACLE, STRATEGIES, routed
 
 B, L, D, A = 2, 9, 8, 13

@@ -8,9 +8,9 @@ import pytest
 
 from memjax.config.banks import BankShapeConfig
 from memjax.config.errors import ConfigError, UserError
+from memjax.layers.tree import named
 from memjax.models.decoder import build_decoder, param_shapes
 from memjax.models.quantized import SCHEMES, parse_quantization, quantize_banks
-from memjax.runtime.tree import named
 from tests.memory.bank_oracle import routed
 from tests.models.test_banks import draw, logits_of, model_of, tokens
 

@@ -9,10 +9,10 @@ import pytest
 from memjax.config.banks import BankConfig, BankFormConfig, BankLossConfig, BankQuantConfig, BankShapeConfig, MixingConfig, RouterConfig
 from memjax.config.errors import UserError
 from memjax.config.schema import Config, GroupConfig, ModelConfig, OptimizerConfig, TrainingConfig
+from memjax.layers.tree import named, unnamed
 from memjax.models.decoder import build_decoder, init_params, param_shapes
 from memjax.runtime import optim, state
 from memjax.runtime.balance import move_biases
-from memjax.runtime.tree import named, unnamed
 from memjax.train import build
 from tests.runtime import toy
 

@@ -9,8 +9,8 @@ import pytest
 
 from memjax.config.errors import UserError
 from memjax.config.schema import GroupConfig, OptimizerConfig
+from memjax.layers.tree import named, nbytes
 from memjax.runtime import optim
-from memjax.runtime.tree import named, nbytes
 
 PARAMS = {'embed': {'table': jnp.ones((4, 3))}, 'layer': {'mem': {'w': jnp.ones((3, 3)), 'bias': jnp.ones(3)},
                                                           'mlp': {'w': jnp.ones((3, 5))}}}

@@ -9,10 +9,10 @@ import pytest
 from memjax.config.errors import UserError
 from memjax.config.mixers import AttentionConfig, FormConfig, HolographicConfig
 from memjax.config.schema import MeshConfig
+from memjax.layers.tree import named
 from memjax.models.decoder import build_decoder, param_shapes
 from memjax.runtime import optim, sharding, state
 from memjax.runtime.losses import Totals, scores, token_losses
-from memjax.runtime.tree import named
 from tests.runtime import toy
 
 

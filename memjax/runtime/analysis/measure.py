@@ -10,13 +10,13 @@ import numpy as np
 from memjax.config.banks import sees_future
 from memjax.config.mixers import AttentionConfig
 from memjax.config.schema import Config, mixer_names
+from memjax.layers.tree import nbytes
 from memjax.memory.registry import make_memory
 from memjax.models.block import compute_dtype
 from memjax.ops.binding import bind, key_map, unbind
 from memjax.ops.holographic import recall_probability
 from memjax.runtime.analysis.plain import round_list
 from memjax.runtime.footprint import unshared
-from memjax.runtime.tree import nbytes
 
 ITEMS = 512            # codebook of the capacity measurement
 SECONDS = 0.2          # time spent on each timing
