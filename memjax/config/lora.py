@@ -14,6 +14,7 @@ class LoraConfig:
   rank: int = option(0, 'R, rank of the changes; 0 = there are none', low=0)
   alpha: float = option(32.0, 'alpha; a change is scaled by s = alpha / rank', low=1e-6)
   stabilised: bool = option(False, 's = alpha / sqrt(rank) (rsLoRA, Kalajdzievski 2023)')
+  dora: bool = option(False, 'learn the magnitude of each output apart from its direction (DoRA, Liu et al. 2024)')
   dropout: float = option(0.0, 'of the input of the changes, in training', low=0.0, high=0.999)
   targets: tuple[str, ...] = option(QUERY_VALUE, 'regexes of the kernels that are changed; each must find one')
   exclude: tuple[str, ...] = option((), 'regexes of kernels that are left alone all the same')
@@ -21,8 +22,8 @@ class LoraConfig:
   alphas: tuple[str, ...] = option((), "'regex=alpha' rules for kernels of another alpha; the first match wins")
 
   def __post_init__(self):
-    for name, default in (('alpha', 32.0), ('stabilised', False), ('dropout', 0.0), ('targets', QUERY_VALUE), ('exclude', ()),
-                          ('ranks', ()), ('alphas', ())):
+    for name, default in (('alpha', 32.0), ('stabilised', False), ('dora', False), ('dropout', 0.0), ('targets', QUERY_VALUE),
+                          ('exclude', ()), ('ranks', ()), ('alphas', ())):
       refuse(not self.rank and getattr(self, name) != default, f'{name} applies to low-rank changes; rank is 0')
     refuse(not self.targets, 'targets is empty; no kernels are changed with rank=0')
     for name in ('targets', 'exclude'):

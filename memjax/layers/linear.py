@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from memjax.layers.lora import NOISE, Change, Lora, find_change
+from memjax.layers.lora import NOISE, Change, Lora, find_change, find_kernel, multiply
+from memjax.ops.low_rank import as_kernel
 
 
 def kernel_init(std: float = 0.0, *, fan_in: int = 0, zero: bool = False) -> Callable:
@@ -21,7 +22,10 @@ def partitioned(init: Callable, axes: tuple) -> Callable:
 
 
 class Linear(nn.Module):
-  """y = x W + b (+ s (x A) B) over the last axis of x; W is [in, features] with logical axes `axes`."""
+  """y = x W + b (+ s (x A) B, or with magnitudes m / ||W + s A B|| (x W + s (x A) B) + b) over the last axis of x.
+
+  W is [in, features] with logical axes `axes`.
+  """
   features: int
   axes: tuple
   use_bias: bool = False
@@ -36,13 +40,13 @@ class Linear(nn.Module):
     """Returns x W (+ b) in the compute dtype."""
     fan_in = x.shape[-1]
     init = kernel_init(self.std, fan_in=fan_in, zero=self.zero)
-    kernel = self.param('kernel', partitioned(init, self.axes), (fan_in, self.features))
-    x = x.astype(self.dtype)
-    y = jnp.dot(x, kernel.astype(self.dtype))
-    if self.use_bias:
-      bias = self.param('bias', partitioned(nn.initializers.constant(self.bias_init), self.axes[1:]), (self.features,))
-      y += bias.astype(self.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
-    return _changed(self, y, x, find_change(self, kernel.shape))
+    kernel, bias = find_kernel(self, init, (fan_in, self.features)), None
+    if self.use_bias: bias = self.param('bias', partitioned(nn.initializers.constant(self.bias_init), self.axes[1:]), (self.features,))
+    change, x = find_change(self, (fan_in, self.features)), x.astype(self.dtype)
+    y, factor = multiply(x, kernel), None if change is None else change.factor(kernel, self.dtype)
+    if factor is not None: y = factor * _changed(self, y, x, change)
+    if bias is not None: y += bias.astype(self.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+    return y if factor is not None else _changed(self, y, x, change)
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
@@ -76,7 +80,7 @@ class Projection(nn.Module):
   def setup(self):
     first = kernel_init(self.std, fan_in=self.inputs, zero=self.zero and not self.rank)
     if not self.rank:
-      self.kernel = self.param('kernel', partitioned(first, self.axes), (self.inputs, self.features))
+      self.kernel = find_kernel(self, first, (self.inputs, self.features))
       self.change = find_change(self, (self.inputs, self.features))
       return
     last = kernel_init(self.rank ** -0.5, zero=self.zero)
@@ -85,13 +89,16 @@ class Projection(nn.Module):
 
   def matrix(self) -> jax.Array:
     """W in the compute dtype, with its change."""
-    if not self.rank:
-      kernel = self.kernel.astype(self.dtype)
-      return kernel if self.change is None else kernel + self.change(jnp.eye(self.inputs, dtype=self.dtype))
-    return self.down.astype(self.dtype) @ self.up.astype(self.dtype)
+    if self.rank: return self.down.astype(self.dtype) @ self.up.astype(self.dtype)
+    kernel = as_kernel(self.kernel, self.dtype)
+    if self.change is None: return kernel
+    kernel, factor = kernel + self.change(jnp.eye(self.inputs, dtype=self.dtype)), self.change.factor(self.kernel, self.dtype)
+    return kernel if factor is None else kernel * factor
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """Returns x W in the compute dtype."""
     x = x.astype(self.dtype)
-    if not self.rank: return _changed(self, x @ self.kernel.astype(self.dtype), x, self.change)
-    return (x @ self.down.astype(self.dtype)) @ self.up.astype(self.dtype)
+    if self.rank: return (x @ self.down.astype(self.dtype)) @ self.up.astype(self.dtype)
+    y, factor = multiply(x, self.kernel), None if self.change is None else self.change.factor(self.kernel, self.dtype)
+    y = _changed(self, y, x, self.change)
+    return y if factor is None else y * factor

@@ -1,4 +1,4 @@
-"""Banks in 8 or 4 bits: scales per row or group, two 4-bit codes to a byte, and training that sees the rounding."""
+"""Arrays in 8 or 4 bits: scales per row or group, two 4-bit codes to a byte, products, and training that sees the rounding."""
 import dataclasses
 import functools
 import math
@@ -51,7 +51,7 @@ def _wide(x):
 
 def _levels(bits: int) -> tuple[int, int]:
   """(Q_n, Q_p): codes lie in -Q_n .. Q_p."""
-  if bits not in (4, 8): raise UserError(f'bits={bits}: banks are quantised to 4 or 8 bits')
+  if bits not in (4, 8): raise UserError(f'bits={bits}: arrays are quantised to 4 or 8 bits')
   return 2 ** (bits - 1), 2 ** (bits - 1) - 1
 
 
@@ -121,13 +121,40 @@ def quantize(x, *, bits: int, scheme: str = 'absmax', group: int = 32) -> Quanti
   return Quantized(codes if bits == 8 else pack_nibbles(codes), scale, bits=bits, scheme=scheme, group=group, width=x.shape[-1])
 
 
+def _codes(q: Quantized):
+  """int8 codes [.., width]."""
+  return q.codes if q.bits == 8 else unpack_nibbles(q.codes, is_signed=q.scheme != 'nf4')
+
+
 def dequantize(q: Quantized, dtype=jnp.float32):
   """The array [.., W] of a Quantized: code * scale, computed in fp32 or wider, in `dtype`."""
-  codes = q.codes if q.bits == 8 else unpack_nibbles(q.codes, is_signed=q.scheme != 'nf4')
-  wide = jnp.promote_types(jnp.float32, dtype)
+  codes, wide = _codes(q), jnp.promote_types(jnp.float32, dtype)
   levels = jnp.asarray(NF4, wide)[codes] if q.scheme == 'nf4' else codes.astype(wide)
   y = levels.reshape(*q.scale.shape, -1) * q.scale.astype(wide)[..., None]
   return y.reshape(q.shape).astype(dtype)
+
+
+@jax.custom_vjp
+def quantized_dot(x, q: Quantized):
+  """x W [.., E] in the dtype of x, from x [.., D] and W^T [E, D] as codes: what is stored is read, W is no argument.
+
+  With one scale for each output the product is that of the codes, scaled afterwards; with groups W is written out for this
+  product alone. The gradient reaches x, and only codes and scales are kept for it; those get none.
+  """
+  wide = jnp.promote_types(jnp.float32, x.dtype)
+  if q.group or q.scheme == 'nf4': return jnp.einsum('...d,ed->...e', x, dequantize(q, x.dtype))
+  y = jnp.einsum('...d,ed->...e', x, _codes(q).astype(x.dtype), preferred_element_type=wide)
+  return (y * q.scale[:, 0].astype(wide)).astype(x.dtype)
+
+
+def _quantized_dot_backward(q, dy):
+  wide = jnp.promote_types(jnp.float32, dy.dtype)
+  if q.group or q.scheme == 'nf4': return jnp.einsum('...e,ed->...d', dy, dequantize(q, dy.dtype)), None
+  scaled = (dy * q.scale[:, 0].astype(wide)).astype(dy.dtype)
+  return jnp.einsum('...e,ed->...d', scaled, _codes(q).astype(dy.dtype)), None
+
+
+quantized_dot.defvjp(lambda x, q: (quantized_dot(x, q), q), _quantized_dot_backward)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
