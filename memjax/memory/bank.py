@@ -62,9 +62,14 @@ class Bank(Memory):
     if c.shape.chapters: self.router = Router(c, self.width, name='router')
 
   @property
+  def strategy(self) -> str:
+    """What the router looks at; without chapters there is nothing to choose, and a token's own channels stand for it."""
+    return self.config.router.strategy if self.config.shape.chapters else 'token'
+
+  @property
   def reaches_back(self) -> bool:
     """Whether an earlier token can change the chapters of a later one (in a gradient: through their weights)."""
-    return bool(self.config.shape.chapters) and self.config.router.strategy != 'token' and self.config.mixing.combine != 'joint'
+    return self.strategy != 'token' and self.config.mixing.combine != 'joint'
 
   @property
   def wants_stream(self) -> bool:
@@ -96,7 +101,7 @@ class Bank(Memory):
   def init_state(self, batch: int, max_len: int = 0) -> RouterState:
     """The statistic of no tokens. UserError for a strategy that sees the future where a state is to be carried."""
     c, zeros = self.config, lambda *shape: jnp.zeros((batch, *shape), self.state_dtype)
-    number, strategy = lambda: jnp.zeros((batch,), jnp.int32), c.router.strategy if c.shape.chapters else 'token'
+    number, strategy = lambda: jnp.zeros((batch,), jnp.int32), self.strategy
     if strategy in NONCAUSAL:
       if max_len: raise UserError(f'router.strategy={strategy!r} sees the future: it cannot stream, generate or carry a state')
       return RouterState()
@@ -168,8 +173,7 @@ class Bank(Memory):
     return self._statistic(state, inputs, both(mask_BxL, write_mask_BxL), segment_BxL)
 
   def _statistic(self, state, inputs, written_BxL, segment_BxL):
-    c, given = self.config, (inputs.v_BxLxD, written_BxL, segment_BxL)
-    strategy = c.router.strategy if c.shape.chapters else 'token'
+    c, given, strategy = self.config, (inputs.v_BxLxD, written_BxL, segment_BxL), self.strategy
     if strategy == 'token': return inputs.v_BxLxD, state
     if strategy == 'sequence': return ops.sequence_mean(*given), state
     if strategy == 'sequence-rolling': return ops.sequence_rolling_mean(*given, window=c.router.window), state
@@ -200,8 +204,7 @@ class Bank(Memory):
 
   def _read_statistic(self, state, inputs):
     """u [B, D] of the token that was written last."""
-    c = self.config
-    strategy = c.router.strategy if c.shape.chapters else 'token'
+    c, strategy = self.config, self.strategy
     if strategy == 'token': return inputs.v_BxLxD
     if strategy == 'prefix-mean': return ops.prefix_mean_read(total_BxD=state.total_BxD, count_B=state.count_B)
     if strategy == 'rolling': return ops.rolling_mean_read(ring_BxWxD=state.ring_BxWxD, count_B=state.count_B)
@@ -235,7 +238,7 @@ class Bank(Memory):
     """The router losses (specification section 6), their monitors, and the use of chapters for the selection bias."""
     found, c = super().aux(state, inputs, y_BxLxE), self.config
     if not c.shape.chapters: return found
-    logit_ZxP, ids_ZxJ, real_Z = self._routes(state, inputs, mask_BxL, write_mask_BxL=write_mask_BxL, reset_BxL=reset_BxL)
+    logit_ZxP, (ids_ZxJ, _), real_Z = self._routes(state, inputs, mask_BxL, write_mask_BxL=write_mask_BxL, reset_BxL=reset_BxL)
     losses = router_losses(logit_ZxP, ids_ZxJ, real_Z, shared=c.mixing.shared, balance_form=c.loss.balance_form,
                            auxiliary_form=c.loss.auxiliary_form)
     weights = {'balance': c.loss.balance, 'auxiliary': c.loss.auxiliary, 'z': c.loss.z}
@@ -245,21 +248,21 @@ class Bank(Memory):
     return found | router_monitors(logit_ZxP, ids_ZxJ, real_Z, shared=c.mixing.shared)
 
   def _routes(self, state, inputs, mask_BxL, **flow):
-    """(logits [Z, P], ids [Z, J], which tokens are real [Z]) of a call: the compiler shares this with the read."""
+    """(logits [Z, P], (ids, log weights) [Z, J], which tokens are real [Z]) of a call: the compiler shares this with the read."""
     B, L = inputs.v_BxLxD.shape[:2]
     u_BxLxD, _ = self._run(state, inputs, mask_BxL, **flow)
     real_Z = jnp.ones((B * L,), bool) if mask_BxL is None else mask_BxL.reshape(-1)
     logit_ZxP = self.router(u_BxLxD.reshape(B * L, -1))
-    return logit_ZxP, self._select(logit_ZxP, real_Z)[0], real_Z
+    return logit_ZxP, self._select(logit_ZxP, real_Z), real_Z
 
   def statistics(self, state, inputs, y_BxLxE, *, mask_BxL=None, write_mask_BxL=None, reset_BxL=None, prepared=None, **context):
     """Attention by entry, use of the chapters and the router's monitors of this layer, for the figures."""
     c, found, q_BxLxHxK = self.config, super().statistics(state, inputs, y_BxLxE), inputs.q_BxLxHxK
     if c.shape.chapters:
-      logit_ZxP, ids_ZxJ, real_Z = self._routes(state, inputs, mask_BxL, write_mask_BxL=write_mask_BxL, reset_BxL=reset_BxL)
+      logit_ZxP, (ids_ZxJ, log_weight_ZxJ), real_Z = self._routes(
+          state, inputs, mask_BxL, write_mask_BxL=write_mask_BxL, reset_BxL=reset_BxL)
       found |= {'chapter_use_P': chapter_counts(ids_ZxJ, real_Z, c.shape.chapters)}
       found |= router_monitors(logit_ZxP, ids_ZxJ, real_Z, shared=c.mixing.shared)
-      log_weight_ZxJ = self._select(logit_ZxP, real_Z)[1]
     else:
       ids_ZxJ, log_weight_ZxJ = self._choose(y_BxLxE.reshape(-1, y_BxLxE.shape[-1]), None)
       if mask_BxL is not None: ids_ZxJ = jnp.where(mask_BxL.reshape(-1, 1), ids_ZxJ, -1)
