@@ -26,8 +26,9 @@ from memjax.config.codec import freeze, from_json, thaw, to_json
 from memjax.config.context import ContextConfig
 from memjax.config.errors import ConfigError, UserError
 from memjax.config.flags import load
+from memjax.config.layout import mixer_names, stages
 from memjax.config.mixers import WindowConfig
-from memjax.config.schema import Config, EvaluationConfig, ModelConfig, mixer_names, stages
+from memjax.config.schema import Config, EvaluationConfig, ModelConfig
 from tests.test_config import EVERY_KIND, message_of, rules
 
 CHAPTERS = BankShapeConfig(entries=20, chapters=5)

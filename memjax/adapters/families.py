@@ -4,9 +4,10 @@ from typing import Any, NamedTuple
 
 from memjax.config.attention import RopeConfig
 from memjax.config.errors import ConfigError, UserError, nearest, shown
+from memjax.config.layout import stages, suffix_of, walk_layers
 from memjax.config.mixers import AttentionConfig, WindowConfig
 from memjax.config.placement import fold
-from memjax.config.schema import BlockConfig, EmbeddingConfig, ModelConfig, stages
+from memjax.config.schema import BlockConfig, EmbeddingConfig, ModelConfig
 
 FAMILIES = ('llama', 'mistral', 'qwen2', 'qwen3')
 ATTENTION, WINDOW = 'attention', 'window'
@@ -147,17 +148,9 @@ def tensor_places(config: ModelConfig) -> dict[str, Place]:
   return places
 
 
-def walk_layers(config: ModelConfig) -> Iterator[tuple[tuple[str, str], int, str]]:
-  """(part and layer in the parameters, repeat, pattern) of all layers in order."""
-  yield from ((('prefix', f'layer_{i}'), -1, layer) for i, layer in enumerate(config.prefix))
-  for repeat in range(config.repeats):
-    yield from ((('repeats', f'layer_{i}'), repeat, layer) for i, layer in enumerate(config.pattern))
-  yield from ((('suffix', f'layer_{i}'), -1, layer) for i, layer in enumerate(config.suffix))
-
-
 def _layer_tensors(config: ModelConfig, stage: int, name: str) -> Iterator[tuple[str, tuple[str, ...]]]:
   """(name, path) of the tensors of one layer, both below it."""
-  suffix, mixer = f'_{stage}' if stage else '', config.mixers[name]
+  suffix, mixer = suffix_of(stage), config.mixers[name]
   own = (f'mixers{suffix}', name)
   yield 'input_layernorm.weight', (f'norm_mixer{suffix}', 'scale')
   yield 'post_attention_layernorm.weight', ('norm_mlp', 'scale')

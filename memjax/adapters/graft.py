@@ -17,15 +17,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 import memjax
-from memjax.adapters.families import walk_layers
 from memjax.adapters.gguf_model import GgufModel
 from memjax.adapters.pretrained import Tensors, load_params, open_pretrained, read_json
 from memjax.adapters.safetensors import SafeTensors, write_safetensors
-from memjax.config.banks import BANKS
 from memjax.config.codec import freeze, leaves, to_json
-from memjax.config.errors import ConfigError, UserError, nearest, refuse, shown
-from memjax.config.placement import SHARINGS, fold, place, share
-from memjax.config.schema import BARE, ModelConfig, mixer_names
+from memjax.config.errors import ConfigError, UserError, refuse, shown
+from memjax.config.layout import BARE, mixer_names, walk_layers
+from memjax.config.placement import fold, place, shared_out
+from memjax.config.schema import ModelConfig
 from memjax.layers.tree import named
 from memjax.models.decoder import build_decoder, init_params, param_shapes, shared_tables
 
@@ -47,12 +46,8 @@ def graft(config: ModelConfig, memory: Any, *, where: Sequence[int], name: str =
   a name in use, a sharing of what has no table, and a memory that does not go with the width of the host.
   """
   where = place(host_of(config).depth, 'custom', indices=where)
-  refuse(sharing not in SHARINGS, f'sharing must be one of {", ".join(SHARINGS)}, not {sharing!r}{nearest(sharing, SHARINGS)}')
-  refuse(sharing != 'per_layer' and memory.kind not in BANKS, f'sharing={sharing!r} goes with the tables of {" and ".join(BANKS)}')
-  refuse(sharing == 'every_k_layers' and sharing_k < 1, f'sharing_k={sharing_k} must be at least 1')
-  names = [f'{name}_{number // sharing_k}' if sharing == 'every_k_layers' else name for number in range(len(where))]
-  for new in names: refuse(new in config.mixers, f'name={name!r} is that of another mixer of the model ({new})')
-  tables = {new: share(memory, '' if sharing == 'per_layer' else new) if memory.kind in BANKS else memory for new in names}
+  names, tables = shared_out(memory, len(where), name=name, sharing=sharing, sharing_k=sharing_k)
+  for new in tables: refuse(new in config.mixers, f'name={name!r} is that of another mixer of the model ({new})')
   layers, number, given = [], -1, dict(zip(where, names, strict=True))
   for layer in (*config.layers, ''):
     if not _is_inserted(config, layer):

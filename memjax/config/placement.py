@@ -5,8 +5,9 @@ from typing import Any
 
 from memjax.config.banks import BANKS
 from memjax.config.errors import ConfigError, nearest, refuse
+from memjax.config.layout import stacks, stages, suffix_of
 from memjax.config.mixers import AttentionConfig
-from memjax.config.schema import GroupConfig, ModelConfig, stages
+from memjax.config.schema import GroupConfig, ModelConfig
 
 PLACEMENTS = ('all', 'first_k', 'last_k', 'every_n', 'custom', 'none')
 SHARINGS = ('shared', 'per_layer', 'every_k_layers')
@@ -53,17 +54,27 @@ def arrange(depth: int, where: Sequence[int], *, memory: Any, attention: Attenti
   """
   where = _check_indices(depth, where) if where else ()
   _choose('variant', variant, VARIANTS)
-  _choose('sharing', sharing, SHARINGS)
-  refuse(sharing == 'every_k_layers' and sharing_k < 1, f'sharing_k={sharing_k} must be at least 1')
-  names = [BANK if sharing != 'every_k_layers' else f'{BANK}_{number // sharing_k}' for number in range(len(where))]
-  mixers = {ATTENTION: attention or AttentionConfig()}
-  for name in names: mixers[name] = share(memory, '' if sharing == 'per_layer' else name)
+  names, tables = shared_out(memory, len(where), name=BANK, sharing=sharing, sharing_k=sharing_k) if where else ((), {})
+  mixers = {ATTENTION: attention or AttentionConfig(), **tables}
   layers, given = [], dict(zip(where, names, strict=True))
   for index in range(depth):
     if index not in given: layers.append(ATTENTION)
     elif variant == 'A': layers.append(f'{ATTENTION}>{given[index]}')
     else: layers += [ATTENTION, given[index]]
   return {'mixers': mixers, **fold(layers)}
+
+
+def shared_out(memory: Any, count: int, *, name: str, sharing: str, sharing_k: int = 2) -> tuple[list[str], dict[str, Any]]:
+  """(the mixer of each of `count` layers, {mixer: config}) of a memory whose table layers share as `sharing` says.
+
+  Raises ConfigError for another sharing, one of a memory that has no table, and sharing_k below 1.
+  """
+  _choose('sharing', sharing, SHARINGS)
+  has_table = memory.kind in BANKS
+  refuse(sharing != 'per_layer' and not has_table, f'sharing={sharing!r} goes with the tables of {" and ".join(BANKS)}')
+  refuse(sharing == 'every_k_layers' and sharing_k < 1, f'sharing_k={sharing_k} must be at least 1')
+  names = [f'{name}_{number // sharing_k}' if sharing == 'every_k_layers' else name for number in range(count)]
+  return names, {own: share(memory, '' if sharing == 'per_layer' else own) if has_table else memory for own in names}
 
 
 def share(memory: Any, name: str) -> Any:
@@ -96,8 +107,7 @@ def parameter_rules(model: ModelConfig) -> tuple[str, ...]:
   memory: banks, context banks and what is grafted, their routers and norms, and the feed-forward networks of layers that hold
   nothing else.
   """
-  parts = {'prefix': model.prefix, 'repeats': model.pattern if model.repeats else (), 'suffix': model.suffix}
-  rules = [rule for part, layers in parts.items() for number, layer in enumerate(layers)
+  rules = [rule for part, layers in stacks(model).items() for number, layer in enumerate(layers)
            for rule in _layer_rules(f'^{part}/layer_{number}', layer, model)]
   tables = any(model.mixers[name].kind in BANKS for layer in model.layers for names, _ in stages(layer) for name in names)
   changes = [f'{CHANGES}=lora'] if model.block.lora.rank else []
@@ -119,7 +129,7 @@ def _layer_rules(path: str, layer: str, model: ModelConfig) -> list[str]:
   """The regular expression of the memory's parameters in one layer; none where it has no memory."""
   found, is_whole = [], True
   for number, (names, _) in enumerate(stages(layer)):
-    suffix = f'_{number}' if number else ''
+    suffix = suffix_of(number)
     memories = [name for name in names if model.mixers[name].kind in (*BANKS, 'context') or name in model.grafted]
     found += [f'mixers{suffix}/{name}' for name in memories] + ([f'norm_mixer{suffix}'] if len(memories) == len(names) else [])
     is_whole = is_whole and len(memories) == len(names)

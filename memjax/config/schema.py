@@ -2,23 +2,13 @@
 import memjax.config.context  # noqa: F401  registers the kind
 from memjax.config.banks import check_bank_width, own_dropout, sees_future, shared_table, table_of
 from memjax.config.errors import check_pattern, refuse
+from memjax.config.layout import BARE, mixer_names, stages
 from memjax.config.lora import LoraConfig
 from memjax.config.mixers import MIXERS, SEEDS, AttentionConfig
 from memjax.config.options import config, option
+from memjax.config.quant import QuantConfig
 
-GATE, BARE = ':gate', ':bare'
 ACTIVATIONS = ('swiglu', 'silu', 'relu', 'gelu', 'sigmoid', 'tanh')
-
-
-def stages(layer: str) -> tuple[tuple[tuple[str, ...], bool], ...]:
-  """((('swa', 'mem'), True), (('bank',), False)) for 'swa+mem:gate>bank' (or that with ':bare'): the residual stages of one
-  layer in order, each with its mixers and whether a learned gate mixes them."""
-  return tuple((tuple(stage.removesuffix(GATE).split('+')), stage.endswith(GATE)) for stage in layer.removesuffix(BARE).split('>'))
-
-
-def mixer_names(layer: str) -> tuple[str, ...]:
-  """('swa', 'mem', 'bank') for 'swa+mem:gate>bank': all mixers of one layer."""
-  return tuple(name for names, _ in stages(layer) for name in names)
 
 
 @config
@@ -34,6 +24,7 @@ class BlockConfig:
   mixer_out_std: float = option(0.0, 'that of the output projection of attention and window; 0 = init_std', low=0.0)
   mlp_out_std: float = option(0.0, 'that of the last matrix of the feed-forward network; 0 = init_std', low=0.0)
   lora: LoraConfig = option(LoraConfig(), 'low-rank changes of kernels, also of the head')
+  quant: QuantConfig = option(QuantConfig(), 'kernels stored in fewer bits, which are not trained')
 
 
 @config
@@ -132,8 +123,8 @@ class ModelConfig:
 @config
 class TokenizerConfig:
   """How text becomes tokens."""
-  kind: str = option('bytes', 'bytes, a BPE trained on the corpus, a tokenizer.json, or white-space words',
-                     choices=('bytes', 'bpe', 'file', 'word'))
+  kind: str = option('bytes', 'bytes, a BPE trained on the corpus, a tokenizer.json, white-space words, or that of training.host',
+                     choices=('bytes', 'bpe', 'file', 'word', 'host'))
   size: int = option(0, 'vocabulary of bpe; 0 = 4096', low=0)
   path: str = option('', "tokenizer.json of kind 'file'")
 
@@ -275,6 +266,7 @@ class Config:
 
   def __post_init__(self):
     lanes, table = self.data.order == 'lanes', self.model.embedding.max_position
+    refuse(self.data.tokenizer.kind == 'host' and not self.training.host, "data.tokenizer.kind='host' needs training.host")
     refuse(self.training.carry and not lanes, "training.carry needs data.order='lanes'")
     length, context = self.evaluation.length or self.training.length, self.evaluation.context
     refuse(context >= length, f'evaluation.context={context} must be below its length {length}')

@@ -16,9 +16,10 @@ from memjax.config.banks import (
 )
 from memjax.config.context import ContextConfig
 from memjax.config.errors import refuse
+from memjax.config.layout import mixer_names
 from memjax.config.mixers import AttentionConfig
 from memjax.config.placement import ATTENTION, arrange, fold, place
-from memjax.config.schema import BlockConfig, EmbeddingConfig, ModelConfig, mixer_names
+from memjax.config.schema import BlockConfig, EmbeddingConfig, ModelConfig
 
 DTYPES = {'no': 'float32', 'fp16': 'bfloat16', 'bf16': 'bfloat16'}
 MERGES = {'weighted_mean': 'weighted', 'sum': 'sum', 'evict': 'evict'}

@@ -7,9 +7,10 @@ from flax import linen as nn
 from flax import struct
 
 from memjax.config.banks import own_dropout
-from memjax.config.schema import BARE, ModelConfig, mixer_names, stages
+from memjax.config.layout import BARE, mixer_names, stages, suffix_of
+from memjax.config.schema import ModelConfig
 from memjax.layers.linear import Linear, dropout
-from memjax.layers.lora import Lora
+from memjax.layers.lora import FLOAT, Lora
 from memjax.layers.mlp import MLP, hidden_width
 from memjax.layers.norm import RMSNorm, make_norm
 from memjax.memory.base import confidence, only_real
@@ -25,6 +26,11 @@ class Flow:
   reset_BxL: jax.Array | None = None
   token_BxL: jax.Array | None = None
   banks: Any = None                    # the tables that layers share, by name
+
+
+def told(config: ModelConfig, name: str = '', *, above: str = '') -> Lora:
+  """What linear maps are told, those of the mixer `name` (at the path `above`) or of the block: grafted ones are stored as they are."""
+  return Lora(config.block.lora, above, FLOAT if name in config.grafted else config.block.quant)
 
 
 def fold(key: jax.Array | None, number: int) -> jax.Array | None:
@@ -62,12 +68,12 @@ class Mixers(nn.Module):
     given = {**vars(flow), 'stream_BxLxD': only_real(stream_BxLxD, flow.mask_BxL), 'collect': collect}
     for number, name in enumerate(names):
       memory = make_memory(c.mixers[name], c.width, dtype=dtype, std=c.block.init_std, out_std=c.block.mixer_out_std,
-                           grafted=name in c.grafted, lora=Lora(c.block.lora), name=name)
+                           grafted=name in c.grafted, lora=told(c, name), name=name)
       y_BxLxE, new[name], aux[name] = memory.mix(x_BxLxD, states[name], key=fold(key, number), prepared=prepared.get(name), **given)
       out.append((memory.readout(x_BxLxD, y_BxLxE), y_BxLxE))
     if not self.gated: return sum(y for y, _ in out[1:]) + out[0][0] if len(out) > 1 else out[0][0], new, aux
     first, second = (RMSNorm(c.block.norm_epsilon, dtype, name=f'norm_{n}')(y) for n, (y, _) in zip(names, out, strict=True))
-    gate = Linear(c.width, ('embed', None), use_bias=True, std=c.block.init_std, dtype=dtype, lora=Lora(c.block.lora), name='gate')
+    gate = Linear(c.width, ('embed', None), use_bias=True, std=c.block.init_std, dtype=dtype, lora=told(c), name='gate')
     logit = gate(x_BxLxD)
     weight = self.param('gate_confidence', nn.with_logical_partitioning(nn.initializers.zeros_init(), (None,)), (c.width,))
     logit += confidence(out[1][1])[..., None].astype(dtype) * weight.astype(dtype).reshape(1, 1, -1)
@@ -101,7 +107,7 @@ class Layer(nn.Module):
       return nn.with_logical_constraint(x if pre else norm(name)(x), ('batch', None, None))
     new, aux, entry_BxLxD = {}, {}, x_BxLxD
     for number, (names, gated) in enumerate(stages(self.layer)):
-      suffix, own = (f'_{number}', fold(key, 16 + number)) if number else ('', key)
+      suffix, own = suffix_of(number), fold(key, 16 + number) if number else key
       def mixers(x, *, names=names, gated=gated, suffix=suffix, own=own):
         y, state, told = Mixers(c, names, gated, name=f'mixers{suffix}')(
             x, states, flow, stream_BxLxD=entry_BxLxD, key=fold(own, 0), prepared=prepared or {}, collect=collect)
@@ -111,6 +117,6 @@ class Layer(nn.Module):
       x_BxLxD = residual(x_BxLxD, mixers, name=f'norm_mixer{suffix}', rate=branch_dropout(c, names), noise=fold(own, 1))
     if c.hidden >= 0 and not self.layer.endswith(BARE):
       mlp = MLP(hidden_width(c.width, c.hidden, block.activation), block.activation, block.bias, block.dropout if not pre else 0.0,
-                block.init_std, dtype, block.mlp_out_std, Lora(block.lora), name='mlp')
+                block.init_std, dtype, block.mlp_out_std, told(c), name='mlp')
       x_BxLxD = residual(x_BxLxD, lambda x: mlp(x, key=fold(key, 2)), name='norm_mlp', rate=block.dropout, noise=fold(key, 3))
     return x_BxLxD, new, aux

@@ -8,16 +8,18 @@ from flax import linen as nn
 
 from memjax.config.banks import for_inference, shared_table
 from memjax.config.errors import UserError
+from memjax.config.layout import mixer_names, stacks, stages, suffix_of
 from memjax.config.lora import check_found
-from memjax.config.schema import ModelConfig, mixer_names, stages
+from memjax.config.quant import check_stored
+from memjax.config.schema import ModelConfig
 from memjax.layers.embed import Embed, PositionTable
 from memjax.layers.linear import Linear, dropout
-from memjax.layers.lora import NOISE, Lora
+from memjax.layers.lora import NOISE
 from memjax.layers.norm import make_norm
 from memjax.layers.tree import named
 from memjax.memory.base import Memory
 from memjax.memory.registry import make_memory, make_table
-from memjax.models.block import Flow, Layer, compute_dtype, empty_memories, fold
+from memjax.models.block import Flow, Layer, compute_dtype, empty_memories, fold, told
 
 
 def shared_tables(config: ModelConfig) -> dict[str, str]:
@@ -47,20 +49,13 @@ class Decoder(nn.Module):
   """A causal language model whose layers are named in the config. State in, state out."""
   config: ModelConfig
 
-  @property
-  def stacks(self) -> dict[str, tuple[str, ...]]:
-    """The layers by part: 'prefix', 'repeats' (one pattern) and 'suffix'; parts without layers are absent."""
-    c = self.config
-    parts = {'prefix': c.prefix, 'repeats': c.pattern if c.repeats else (), 'suffix': c.suffix}
-    return {part: layers for part, layers in parts.items() if layers}
-
   def init_state(self, batch: int, max_len: int = 0) -> dict:
     """Zero states of all layers; batch at axis 0 of every leaf, the repeats at axis 1 of the scanned ones."""
     def part(name, layers):
       states = {f'layer_{i}': empty_memories(self.config, layer, batch, max_len) for i, layer in enumerate(layers)}
       if name != 'repeats': return states
       return jax.tree.map(lambda a: jnp.zeros((a.shape[0], self.config.repeats, *a.shape[1:]), a.dtype), states)
-    return {name: part(name, layers) for name, layers in self.stacks.items()}
+    return {name: part(name, layers) for name, layers in stacks(self.config).items()}
 
   @nn.compact
   def __call__(self, token_BxL: jax.Array, state: dict, *, position_BxL: jax.Array, mask_BxL: jax.Array | None = None,
@@ -82,13 +77,13 @@ class Decoder(nn.Module):
     banks = {name: make_table(c.mixers[mixer], c.width, name=f'bank_{name}')() for name, mixer in shared_tables(c).items()}
     flow = Flow(position_BxL, mask_BxL, write_mask_BxL, reset_BxL, token_BxL, banks)
     new, aux = {}, {}
-    for number, part in enumerate(self.stacks):
+    for number, part in enumerate(stacks(c)):
       x_BxLxD, (new[part], aux[part]) = self._stack(part, remat, collect)(
           x_BxLxD, state[part], (self._keys(part, fold(key, number + 1)), (prepared or {}).get(part, {})), flow)
     x_BxLxD = make_norm(c.block.norm, epsilon=c.block.norm_epsilon, dtype=dtype, name='norm')(x_BxLxD)
     if c.embedding.tie: logits_BxLxA = embed.attend(x_BxLxD)
     else:
-      head = Linear(c.vocabulary, ('embed', 'vocabulary'), std=c.block.init_std, dtype=dtype, lora=Lora(c.block.lora), name='head')
+      head = Linear(c.vocabulary, ('embed', 'vocabulary'), std=c.block.init_std, dtype=dtype, lora=told(c), name='head')
       logits_BxLxA = head(x_BxLxD)
     wide = jnp.promote_types(jnp.float32, dtype)
     return nn.with_logical_constraint(logits_BxLxA.astype(wide), ('batch', None, 'vocabulary')), new, summarise(aux, collect)
@@ -98,10 +93,10 @@ class Decoder(nn.Module):
 
   def _stack(self, part: str, remat: bool, collect: bool) -> nn.Module:
     kind = nn.remat(Period, prevent_cse=part != 'repeats') if remat else Period
-    if part != 'repeats': return kind(self.config, self.stacks[part], collect, name=part)
+    if part != 'repeats': return kind(self.config, stacks(self.config)[part], collect, name=part)
     scan = nn.scan(kind, variable_axes={'params': 0}, split_rngs={'params': True, NOISE: True}, in_axes=(1, 0, nn.broadcast),
                    out_axes=(1, 0), length=self.config.repeats, metadata_params={nn.PARTITION_NAME: 'layers'})
-    return scan(self.config, self.stacks[part], collect, name=part)
+    return scan(self.config, stacks(self.config)[part], collect, name=part)
 
 
 def set_prompt_length(state: dict, length_B: jax.Array) -> dict:
@@ -136,16 +131,17 @@ def prepare_memories(model: Decoder, params: dict) -> dict:
   c, out = model.config, {}
   banks = {name: make_table(c.mixers[mixer], c.width, parent=None).apply({'params': params[f'bank_{name}']})
            for name, mixer in shared_tables(c).items()}
-  for part, layers in model.stacks.items():
+  for part, layers in stacks(c).items():
     for number, layer in enumerate(layers):
       for stage, (names, _) in enumerate(stages(layer)):
         for name in names:
-          above = f'{part}/layer_{number}/mixers{f"_{stage}" if stage else ""}/{name}'
-          memory = make_memory(c.mixers[name], c.width, dtype=compute_dtype(c), lora=Lora(c.block.lora, above), parent=None)
+          own = f'mixers{suffix_of(stage)}'
+          above = f'{part}/layer_{number}/{own}/{name}'
+          memory = make_memory(c.mixers[name], c.width, dtype=compute_dtype(c), lora=told(c, name, above=above), parent=None)
           if type(memory).prepare is Memory.prepare: continue
           make = lambda p, memory=memory: memory.apply({'params': p}, banks, method='prepare')
-          own = params[part][f'layer_{number}'][f'mixers_{stage}' if stage else 'mixers'][name]
-          out.setdefault(part, {}).setdefault(f'layer_{number}', {})[name] = jax.vmap(make)(own) if part == 'repeats' else make(own)
+          given = params[part][f'layer_{number}'][own][name]
+          out.setdefault(part, {}).setdefault(f'layer_{number}', {})[name] = jax.vmap(make)(given) if part == 'repeats' else make(given)
   return out
 
 
@@ -170,14 +166,22 @@ def _init(model: Decoder, key: jax.Array) -> dict:
   return model.init(key, token_BxL, model.init_state(1), position_BxL=jnp.arange(2)[None])['params']
 
 
+def stored_kernels(params: dict) -> list[str]:
+  """The paths of the kernels of linear maps that are stored in fewer bits."""
+  flat = named(params)
+  packed = [path.removesuffix('_codes') for path in flat if path.endswith('/kernel_codes')]
+  return packed + [path for path, x in flat.items() if path.endswith('/kernel') and x.dtype in (jnp.bfloat16, jnp.float16)]
+
+
 def param_shapes(model: Decoder) -> tuple[dict, dict]:
   """(shapes and dtypes, PartitionSpecs of logical axis names) of all parameters, computing nothing.
 
-  Raises UserError for low-rank changes that match no kernel.
+  Raises UserError for low-rank changes that match no kernel, and for kernels in fewer bits that are none or do not fit.
   """
   boxed = jax.eval_shape(lambda: _init(model, jax.random.key(0)))
   shapes = nn.unbox(boxed)
   check_found(model.config.block.lora, [path.replace('/lora_a', '/kernel') for path in named(shapes) if path.endswith('/lora_a')])
+  check_stored(model.config.block.quant, stored_kernels(shapes))
   return shapes, nn.get_partition_spec(boxed)
 
 

@@ -1,10 +1,10 @@
 """Loss-free balancing: the selection bias of each router moves with the use of its chapters, after the optimiser step."""
-import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from memjax.config.layout import mixer_path
 from memjax.config.schema import ModelConfig
 from memjax.layers.tree import named, unnamed
 
@@ -25,7 +25,7 @@ def move_biases(config: ModelConfig, params: Any, load: dict[str, jax.Array]) ->
   flat = named(params)
   for place, use in load.items():
     part, layer, mixer = place.split('/')
-    path = next(path for path in flat if re.fullmatch(rf'{part}/{layer}/mixers(_\d+)?/{mixer}/router/{BIAS}', path))
+    path = f'{mixer_path(config, part, layer, mixer)}/router/{BIAS}'
     step = jnp.sign(use.mean(-1, keepdims=True) - use)
     flat[path] = flat[path] + config.mixers[mixer].loss.bias_rate * step.astype(flat[path].dtype)
   return unnamed(flat, params)

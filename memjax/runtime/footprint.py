@@ -9,7 +9,9 @@ import jax
 
 from memjax.config.banks import BANKS, BankQuantConfig, shared_table
 from memjax.config.errors import UserError
-from memjax.config.schema import ModelConfig, mixer_names
+from memjax.config.layout import mixer_names
+from memjax.config.placement import share
+from memjax.config.schema import ModelConfig
 from memjax.layers.tree import named, nbytes
 from memjax.memory.registry import make_table
 from memjax.models.decoder import param_shapes, prepare_memories
@@ -25,9 +27,7 @@ def bank_layers(config: ModelConfig) -> dict[str, int]:
 
 def unshared(mixer_config: Any) -> Any:
   """A mixer whose table, if layers share it, is its own instead: it can be built alone, at the same cost."""
-  if not shared_table(mixer_config): return mixer_config
-  if mixer_config.kind == 'product_key': return dataclasses.replace(mixer_config, share='')
-  return dataclasses.replace(mixer_config, shape=dataclasses.replace(mixer_config.shape, share=''))
+  return share(mixer_config, '') if shared_table(mixer_config) else mixer_config
 
 
 def entries_of(mixer_config: Any) -> tuple[int, int]:

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from memjax.config.flags import load
+from memjax.config.layout import stages
 from memjax.config.mixers import AttentionConfig, HolographicConfig, MemoryLossConfig, WindowConfig
-from memjax.config.schema import BlockConfig, EmbeddingConfig, ModelConfig, stages
+from memjax.config.schema import BlockConfig, EmbeddingConfig, ModelConfig
 from memjax.memory.registry import make_memory
 from memjax.models.decoder import build_decoder, init_params
 

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from memjax.config.banks import BANKS, shared_table
-from memjax.layers.lora import Lora
+from memjax.config.layout import mixer_path
+
 from memjax.memory.bank import scale_free_norm
 from memjax.memory.registry import make_memory, make_table
 from memjax.runtime.analysis.plain import round_list
@@ -72,16 +73,9 @@ def evenness(count: np.ndarray) -> dict[str, float]:
 
 # The tables and what is near to their entries ------------------------------------------------------------------------------------
 
-def own_path(found: Run, place: Any) -> str:
-  """'repeats/layer_0/mixers/bank', where the parameters of one memory are."""
-  stages = found.params[place.part][place.layer]
-  own = next(name for name, stage in stages.items() if name.startswith('mixers') and place.mixer in stage)
-  return f'{place.part}/{place.layer}/{own}/{place.mixer}'
-
-
 def own_params(found: Run, place: Any) -> dict:
   """The parameters of one memory."""
-  part, layer, stage, mixer = own_path(found, place).split('/')
+  part, layer, stage, mixer = mixer_path(found.model.config, place.part, place.layer, place.mixer).split('/')
   own = found.params[part][layer][stage][mixer]
   return jax.tree.map(lambda a: a[place.repeat], own) if place.part == 'repeats' else own
 
@@ -109,7 +103,8 @@ def directions(found: Run, place: Any, rows_NxW: jax.Array) -> tuple[str, np.nda
   config = found.model.config
   mixer = config.mixers[place.mixer]
   if mixer.kind == 'bank' and rows_NxW.shape[1] == config.width: return DIRECT, np.asarray(rows_NxW)
-  memory = make_memory(mixer, config.width, lora=Lora(config.block.lora, own_path(found, place)), parent=None)
+  path = mixer_path(config, place.part, place.layer, place.mixer)
+  memory = make_memory(mixer, config.width, lora=told(config, place.mixer, above=path), parent=None)
   def through(memory, rows_NxW):
     if mixer.kind == 'product_key': return memory.out(rows_NxW)
     value = memory.value(scale_free_norm(rows_NxW, mixer.mixing.norm, mixer.mixing.norm_epsilon))

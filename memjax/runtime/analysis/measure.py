@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from memjax.config.banks import sees_future
+from memjax.config.layout import mixer_names
 from memjax.config.mixers import AttentionConfig
-from memjax.config.schema import Config, mixer_names
+from memjax.config.schema import Config
 from memjax.layers.tree import nbytes
 from memjax.memory.registry import make_memory
 from memjax.models.block import compute_dtype

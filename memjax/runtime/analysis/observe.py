@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memjax.config.schema import ModelConfig, mixer_names
+from memjax.config.layout import mixer_names, walk_layers
+from memjax.config.schema import ModelConfig
 from memjax.data.pipeline import eval_batches
 from memjax.data.tokens import Tokens
 from memjax.ops.binding import unbind
@@ -42,11 +43,8 @@ class Place(NamedTuple):
 
 def list_places(config: ModelConfig) -> list[Place]:
   """Every memory of every layer, in the order of the layers."""
-  parts = [('prefix', config.prefix, 1), ('repeats', config.pattern, config.repeats), ('suffix', config.suffix, 1)]
-  layers = [(part, f'layer_{i}', repeat, layer) for part, pattern, repeats in parts for repeat in range(repeats)
-            for i, layer in enumerate(pattern)]
-  return [Place(f'{number} {mixer}', mixer, part, layer, repeat)
-          for number, (part, layer, repeat, name) in enumerate(layers) for mixer in mixer_names(name)]
+  return [Place(f'{number} {mixer}', mixer, *home, max(repeat, 0))
+          for number, (home, repeat, layer) in enumerate(walk_layers(config)) for mixer in mixer_names(layer)]
 
 
 def slot_norms(state: Any) -> jax.Array | None:
