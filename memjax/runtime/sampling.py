@@ -114,7 +114,8 @@ class Sampler:
   def __init__(self, model: Any, sampling: Sampling = Sampling(), *, chunk: int = CHUNK, segment: int = SEGMENT, limit: int = 0):
     self.model, self.sampling, self.chunk, self.segment = model, sampling, chunk, segment
     self.vocabulary = limit or model.config.vocabulary
-    self.prepare = jax.jit(lambda params: prepare_memories(model, params))
+    self._compute = jax.jit(lambda params: prepare_memories(model, params))
+    self._prepared: tuple[list, Any] = [], None                  # the arrays that it was computed from, and what came out
     self.prefill = jax.jit(self._prefill, donate_argnums=1)
     self.decode = jax.jit(self._decode, donate_argnums=1)
 
@@ -122,6 +123,13 @@ class Sampler:
     """This sampler, or one like it where the model has more tokens than the tokenizer."""
     if vocabulary >= self.vocabulary: return self
     return Sampler(self.model, self.sampling, chunk=self.chunk, segment=self.segment, limit=vocabulary)
+
+  def prepare(self, params: Any) -> Any:
+    """What the memories compute from parameters alone; computed again only where these are not the arrays of the last call."""
+    leaves, (known, _) = jax.tree.leaves(params), self._prepared
+    if len(known) != len(leaves) or any(a is not b for a, b in zip(known, leaves, strict=True)):
+      self._prepared = leaves, self._compute(params)
+    return self._prepared[1]
 
   def _prefill(self, params, state, token_BxL, flow):
     logits_BxLxA, state, _ = self.model.apply({'params': params}, token_BxL, state, **flow)
