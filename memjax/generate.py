@@ -67,12 +67,6 @@ def check_choice(values: dict) -> None:
     if values['model'] and values[name]: raise UserError(f'--{name} goes with --workdir, not with --model')
 
 
-def check_length(rows: Sequence, max_new_tokens: int, limit: int) -> None:
-  """Raises UserError if the longest prompt and what is drawn for it exceed `limit` tokens; 0 = any number."""
-  total = max(map(len, rows)) + max_new_tokens
-  if limit and total > limit: raise UserError(f'the longest prompt and max_new_tokens, {total} tokens, exceed the limit of {limit}')
-
-
 def stream(writer, prompts: Sequence[str], max_new_tokens: int, *, is_chat: bool = False) -> list:
   """Prints the texts as they come, one prompt live, several as blocks; returns the continuations. Of a chat: replies alone."""
   rows = []
@@ -90,7 +84,7 @@ def stream(writer, prompts: Sequence[str], max_new_tokens: int, *, is_chat: bool
 
 
 def open_writer(values: dict, sampling) -> tuple:
-  """(Writer, what the report says of its model, tokens that a text may have or 0) for the run or the pretrained model."""
+  """(Writer, what the report says of its model) for the run or the pretrained model."""
   from memjax.runtime.sampling import Sampler
   from memjax.runtime.text import Writer
   if values['workdir']:
@@ -102,8 +96,9 @@ def open_writer(values: dict, sampling) -> tuple:
     found = open_host(values['model'])
     ends, source, enter = found.ends, {'model': found.path, 'chat': values['chat']}, found.encode_chat if values['chat'] else found.encode
     limit = found.context
-  writer = Writer(Sampler(found.model, sampling), found.params, found.tokenizer, stops=values['stop'], ends=ends, enter=enter)
-  return writer, source, values['max_len'] or limit
+  sampler = Sampler(found.model, sampling)
+  return Writer(sampler, found.params, found.tokenizer, stops=values['stop'], ends=ends, enter=enter,
+                limit=values['max_len'] or limit), source
 
 
 def main(config, values) -> None:
@@ -114,8 +109,7 @@ def main(config, values) -> None:
   check_output(values['output'])
   sampling = Sampling(**{name: values[name] for name in ('temperature', 'top_k', 'top_p', 'min_p', 'seed')})
   prompts = read_prompts(values['prompt'], values['prompt_file'])
-  writer, source, limit = open_writer(values, sampling)
-  check_length(writer.encode(prompts), values['max_new_tokens'], limit)
+  writer, source = open_writer(values, sampling)
   started = time.perf_counter()
   rows = stream(writer, prompts, values['max_new_tokens'], is_chat=values['chat'])
   if not values['output']: return

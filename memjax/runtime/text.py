@@ -56,12 +56,13 @@ class Continuation:
 class Writer:
   """Continues texts with one model and tokenizer; compiles once for all its calls.
 
-  `enter` gives the tokens of a prompt that enter the model, None = the one that begins a document, then the prompt.
+  `enter` gives the tokens of a prompt that enter the model, None = the one that begins a document, then the prompt; `limit`
+  bounds the tokens of a prompt and of what is drawn for it, 0 = any number.
   """
 
   def __init__(self, sampler: Sampler, params: Any, tokenizer: Tokenizer, *, stops: Sequence[str] = (), ends: Sequence[int] = (),
-               enter: Callable[[str], np.ndarray] | None = None):
-    self.enter = enter
+               enter: Callable[[str], np.ndarray] | None = None, limit: int = 0):
+    self.enter, self.limit = enter, limit
     self.sampler, self.params, self.tokenizer = sampler.within(tokenizer.vocabulary), params, tokenizer
     self.stops, self.ends = tuple(stops), frozenset(ends)
     StopText(stops)          # an empty stop string is refused here, before anything is computed
@@ -77,9 +78,14 @@ class Writer:
              into: list[Continuation] | None = None) -> Iterator[tuple[int, str]]:
     """Yields (row, piece of text) as it becomes certain, until every row has ended.
 
-    `into` receives one Continuation a prompt, complete at the end. Raises UserError as `Sampler.stream` does, at once.
+    `into` receives one Continuation a prompt, complete at the end. Raises UserError as `Sampler.stream` does, and for more tokens
+    than the limit, at once.
     """
-    chunks = self.sampler.stream(self.params, self.encode(prompts), max_new_tokens)
+    tokens = self.encode(prompts)
+    total = max(map(len, tokens), default=0) + max_new_tokens
+    if self.limit and total > self.limit:
+      raise UserError(f'the longest prompt and max_new_tokens, {total} tokens, exceed the limit of {self.limit}')
+    chunks = self.sampler.stream(self.params, tokens, max_new_tokens)
     rows = [] if into is None else into
     rows += [Continuation(prompt) for prompt in prompts]
     return self._stream(chunks, rows)
