@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from memjax.config import attention, lora, mixers, schema
+from memjax.config import attention, lora, mixers, quant, schema
 from memjax.config.banks import BankConfig, BankShapeConfig, RouterConfig
 from memjax.config.codec import clashes, describe, diff, freeze, from_json, read_config, thaw, to_json
 from memjax.config.errors import ConfigError, UserError
@@ -34,7 +34,7 @@ EVERY_KIND = Config(model=ModelConfig(width=64, mixers={kind: cls(key_width=64) 
                                                          for kind, cls in MIXERS.items()}))
 MEM, ADDRESS, KEEP = 'model.mixers.mem.', 'model.mixers.mem.address.', 'model.mixers.mem.keep.'
 BINDING, TIERS, FORM = 'model.mixers.mem.binding.', 'model.mixers.mem.tiers.', 'model.mixers.mem.form.'
-GROUP, ROPE, LORA = 'optimizer.groups.main.', 'model.mixers.full.rope.', 'model.block.lora.'
+GROUP, ROPE, LORA, QUANT = 'optimizer.groups.main.', 'model.mixers.full.rope.', 'model.block.lora.', 'model.block.quant.'
 
 # Overrides of BASE in words, and the path and text of the refusal. Each rule of mixers.py and schema.py has one at least.
 REFUSED = [
@@ -102,6 +102,10 @@ REFUSED = [
   ('model.suffix=none', "config.model.suffix names 'none', which is not one of mixers"),
   ('model.grafted=none', "config.model.grafted names 'none', which is not one of mixers"),
   ('model.hidden=-1 model.block.mlp_out_std=1', 'config.model.block.mlp_out_std applies to a feed-forward network'),
+  (f'{QUANT}head=1', "config.model.block.quant.head applies to kernels in fewer bits; storage is ''"),
+  (f'{QUANT}storage=int8 {QUANT}targets=', "config.model.block.quant.targets is empty; kernels are left alone with storage=''"),
+  (f'{QUANT}storage=int8 {QUANT}exclude=[', "config.model.block.quant.exclude holds '[', which is not a regular expression"),
+  (f'{LORA}dora=1', 'config.model.block.lora.dora applies to low-rank changes; rank is 0'),
   (f'{LORA}alpha=8', 'config.model.block.lora.alpha applies to low-rank changes; rank is 0'),
   (f'{LORA}rank=2 {LORA}targets=', 'config.model.block.lora.targets is empty; no kernels are changed with rank=0'),
   (f'{LORA}rank=2 {LORA}exclude=[', "config.model.block.lora.exclude holds '[', which is not a regular expression"),
@@ -186,7 +190,7 @@ def rules(module):
       yield node.lineno, ''.join(re.escape(part.value) if isinstance(part, ast.Constant) else '.*' for part in parts)
 
 
-@pytest.mark.parametrize('module', [attention, lora, mixers, schema], ids=['attention', 'lora', 'mixers', 'schema'])
+@pytest.mark.parametrize('module', [attention, lora, mixers, quant, schema], ids=lambda module: module.__name__.rpartition('.')[2])
 def test_every_rule_has_a_case(module, base):
   messages = [refusal(overrides, base) for overrides, _ in REFUSED]
   for build, says in DIRECT:

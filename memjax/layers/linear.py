@@ -44,9 +44,13 @@ class Linear(nn.Module):
     if self.use_bias: bias = self.param('bias', partitioned(nn.initializers.constant(self.bias_init), self.axes[1:]), (self.features,))
     change, x = find_change(self, (fan_in, self.features)), x.astype(self.dtype)
     y, factor = multiply(x, kernel), None if change is None else change.factor(kernel, self.dtype)
-    if factor is not None: y = factor * _changed(self, y, x, change)
-    if bias is not None: y += bias.astype(self.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+    if factor is not None: y = _along_last(factor, y) * _changed(self, y, x, change)
+    if bias is not None: y += _along_last(bias.astype(self.dtype), y)
     return y if factor is not None else _changed(self, y, x, change)
+
+
+def _along_last(x_E: jax.Array, y: jax.Array) -> jax.Array:
+  return x_E.reshape((1,) * (y.ndim - 1) + (-1,))
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
@@ -93,7 +97,7 @@ class Projection(nn.Module):
     kernel = as_kernel(self.kernel, self.dtype)
     if self.change is None: return kernel
     kernel, factor = kernel + self.change(jnp.eye(self.inputs, dtype=self.dtype)), self.change.factor(self.kernel, self.dtype)
-    return kernel if factor is None else kernel * factor
+    return kernel if factor is None else kernel * _along_last(factor, kernel)
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """Returns x W in the compute dtype."""
@@ -101,4 +105,4 @@ class Projection(nn.Module):
     if self.rank: return (x @ self.down.astype(self.dtype)) @ self.up.astype(self.dtype)
     y, factor = multiply(x, self.kernel), None if self.change is None else self.change.factor(self.kernel, self.dtype)
     y = _changed(self, y, x, self.change)
-    return y if factor is None else y * factor
+    return y if factor is None else y * _along_last(factor, y)

@@ -28,7 +28,7 @@ class Flow:
   banks: Any = None                    # the tables that layers share, by name
 
 
-def told(config: ModelConfig, name: str = '', *, above: str = '') -> Lora:
+def settings(config: ModelConfig, name: str = '', *, above: str = '') -> Lora:
   """What linear maps are told, those of the mixer `name` (at the path `above`) or of the block: grafted ones are stored as they are."""
   return Lora(config.block.lora, above, FLOAT if name in config.grafted else config.block.quant)
 
@@ -68,12 +68,12 @@ class Mixers(nn.Module):
     given = {**vars(flow), 'stream_BxLxD': only_real(stream_BxLxD, flow.mask_BxL), 'collect': collect}
     for number, name in enumerate(names):
       memory = make_memory(c.mixers[name], c.width, dtype=dtype, std=c.block.init_std, out_std=c.block.mixer_out_std,
-                           grafted=name in c.grafted, lora=told(c, name), name=name)
+                           grafted=name in c.grafted, lora=settings(c, name), name=name)
       y_BxLxE, new[name], aux[name] = memory.mix(x_BxLxD, states[name], key=fold(key, number), prepared=prepared.get(name), **given)
       out.append((memory.readout(x_BxLxD, y_BxLxE), y_BxLxE))
     if not self.gated: return sum(y for y, _ in out[1:]) + out[0][0] if len(out) > 1 else out[0][0], new, aux
     first, second = (RMSNorm(c.block.norm_epsilon, dtype, name=f'norm_{n}')(y) for n, (y, _) in zip(names, out, strict=True))
-    gate = Linear(c.width, ('embed', None), use_bias=True, std=c.block.init_std, dtype=dtype, lora=told(c), name='gate')
+    gate = Linear(c.width, ('embed', None), use_bias=True, std=c.block.init_std, dtype=dtype, lora=settings(c), name='gate')
     logit = gate(x_BxLxD)
     weight = self.param('gate_confidence', nn.with_logical_partitioning(nn.initializers.zeros_init(), (None,)), (c.width,))
     logit += confidence(out[1][1])[..., None].astype(dtype) * weight.astype(dtype).reshape(1, 1, -1)
@@ -117,6 +117,6 @@ class Layer(nn.Module):
       x_BxLxD = residual(x_BxLxD, mixers, name=f'norm_mixer{suffix}', rate=branch_dropout(c, names), noise=fold(own, 1))
     if c.hidden >= 0 and not self.layer.endswith(BARE):
       mlp = MLP(hidden_width(c.width, c.hidden, block.activation), block.activation, block.bias, block.dropout if not pre else 0.0,
-                block.init_std, dtype, block.mlp_out_std, told(c), name='mlp')
+                block.init_std, dtype, block.mlp_out_std, settings(c), name='mlp')
       x_BxLxD = residual(x_BxLxD, lambda x: mlp(x, key=fold(key, 2)), name='norm_mlp', rate=block.dropout, noise=fold(key, 3))
     return x_BxLxD, new, aux

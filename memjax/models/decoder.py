@@ -19,7 +19,7 @@ from memjax.layers.norm import make_norm
 from memjax.layers.tree import named
 from memjax.memory.base import Memory
 from memjax.memory.registry import make_memory, make_table
-from memjax.models.block import Flow, Layer, compute_dtype, empty_memories, fold, told
+from memjax.models.block import Flow, Layer, compute_dtype, empty_memories, fold, settings
 
 
 def shared_tables(config: ModelConfig) -> dict[str, str]:
@@ -83,7 +83,7 @@ class Decoder(nn.Module):
     x_BxLxD = make_norm(c.block.norm, epsilon=c.block.norm_epsilon, dtype=dtype, name='norm')(x_BxLxD)
     if c.embedding.tie: logits_BxLxA = embed.attend(x_BxLxD)
     else:
-      head = Linear(c.vocabulary, ('embed', 'vocabulary'), std=c.block.init_std, dtype=dtype, lora=told(c), name='head')
+      head = Linear(c.vocabulary, ('embed', 'vocabulary'), std=c.block.init_std, dtype=dtype, lora=settings(c), name='head')
       logits_BxLxA = head(x_BxLxD)
     wide = jnp.promote_types(jnp.float32, dtype)
     return nn.with_logical_constraint(logits_BxLxA.astype(wide), ('batch', None, 'vocabulary')), new, summarise(aux, collect)
@@ -137,7 +137,7 @@ def prepare_memories(model: Decoder, params: dict) -> dict:
         for name in names:
           own = f'mixers{suffix_of(stage)}'
           above = f'{part}/layer_{number}/{own}/{name}'
-          memory = make_memory(c.mixers[name], c.width, dtype=compute_dtype(c), lora=told(c, name, above=above), parent=None)
+          memory = make_memory(c.mixers[name], c.width, dtype=compute_dtype(c), lora=settings(c, name, above=above), parent=None)
           if type(memory).prepare is Memory.prepare: continue
           make = lambda p, memory=memory: memory.apply({'params': p}, banks, method='prepare')
           given = params[part][f'layer_{number}'][own][name]

@@ -144,13 +144,13 @@ def quantized_dot(x, q: Quantized):
   wide = jnp.promote_types(jnp.float32, x.dtype)
   if q.group or q.scheme == 'nf4': return jnp.einsum('...d,ed->...e', x, dequantize(q, x.dtype))
   y = jnp.einsum('...d,ed->...e', x, _codes(q).astype(x.dtype), preferred_element_type=wide)
-  return (y * q.scale[:, 0].astype(wide)).astype(x.dtype)
+  return (y * q.scale.astype(wide).reshape(*(1,) * (y.ndim - 1), -1)).astype(x.dtype)
 
 
 def _quantized_dot_backward(q, dy):
   wide = jnp.promote_types(jnp.float32, dy.dtype)
   if q.group or q.scheme == 'nf4': return jnp.einsum('...e,ed->...d', dy, dequantize(q, dy.dtype)), None
-  scaled = (dy * q.scale[:, 0].astype(wide)).astype(dy.dtype)
+  scaled = (dy * q.scale.astype(wide).reshape(*(1,) * (dy.ndim - 1), -1)).astype(dy.dtype)
   return jnp.einsum('...e,ed->...d', scaled, _codes(q).astype(dy.dtype)), None
 
 

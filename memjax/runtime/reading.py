@@ -17,7 +17,7 @@ from memjax.data.sources import read_documents
 from memjax.data.tokenizers import Tokenizer, load_tokenizer
 from memjax.data.tokens import Tokens, tokenize_split
 from memjax.models.decoder import Decoder, build_decoder, inference_model, param_shapes
-from memjax.models.quantized import parse_quantization, quantize_banks
+from memjax.models.quantized import quantize_model
 from memjax.runtime.checkpoint import restore_for_reading
 from memjax.runtime.seeded import check_keys
 from memjax.runtime.workdir import CONFIG, TOKENIZER, fill_vocabulary, is_run
@@ -65,7 +65,7 @@ def open_run(workdir: str, step: int = 0, quantize: str = '') -> Run:
     raise UserError(f'the tokenizer in {workdir} does not match checkpoint {step}: its vocabulary hashes to '
                     f'{tokenizer.fingerprint[:16]}, the checkpoint was trained with {trained_with[:16]}')
   shown, params = config.model, jax.tree.map(jnp.asarray, params)
-  if quantize: shown, params = quantize_banks(shown, params, parse_quantization(quantize))
+  if quantize: shown, params = quantize_model(shown, params, quantize)
   return Run(workdir, config, inference_model(shown), params, tokenizer, step, record, config_hash(config))
 
 

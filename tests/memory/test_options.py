@@ -25,6 +25,7 @@ HARD = {**TIERS, 'tiers.hard': True}
 HRR, UNITARY, SLOT = {'binding.kind': 'hrr'}, {'binding.kind': 'unitary'}, {'keep.kind': 'slot'}
 RANDOM, FRACTIONAL = {'binding.position': 'random'}, {'binding.position': 'fractional'}
 GELU, LORA = {'block.activation': 'gelu'}, {'block.lora.rank': 2}
+INT8, WIDE = {'block.quant.storage': 'int8'}, {'width': 32, 'hidden': 32}
 CONTRAST = {'loss.contrastive': 1.0}
 YARN = {'rope.kind': 'yarn', 'rope.factor': 4.0, 'rope.original': 64, 'rotary_base': 10.0}
 LLAMA3 = {**YARN, 'rope.kind': 'llama3'}
@@ -92,7 +93,11 @@ DECODER = [
     ('block.lora.rank', 2, 'shape', {}), ('block.lora.alpha', 8.0, 'output', LORA), ('block.lora.stabilised', True, 'output', LORA),
     ('block.lora.dropout', 0.5, 'output', LORA), ('block.lora.targets', ('/key/',), 'shape', LORA),
     ('block.lora.exclude', ('/query/',), 'shape', LORA), ('block.lora.ranks', ('/query/=3',), 'shape', LORA),
-    ('block.lora.alphas', ('/query/=8.5',), 'output', LORA),
+    ('block.lora.alphas', ('/query/=8.5',), 'output', LORA), ('block.lora.dora', True, 'shape', LORA),
+    ('block.quant.storage', 'int8', 'shape', {}), ('block.quant.storage', 'int4', 'shape', WIDE),
+    ('block.quant.storage', 'nf4', 'output', {**WIDE, 'block.quant.storage': 'int4'}), ('block.quant.storage', 'bfloat16', 'output', {}),
+    ('block.quant.storage', 'float16', 'output', {}), ('block.quant.targets', ('/key/',), 'shape', INT8),
+    ('block.quant.exclude', ('/key/',), 'shape', INT8), ('block.quant.head', True, 'shape', {**INT8, 'embedding.tie': False}),
     ('block.activation', 'silu', 'output', GELU), ('block.activation', 'relu', 'output', GELU),
     ('block.activation', 'sigmoid', 'output', GELU), ('block.activation', 'tanh', 'output', GELU),
     ('embedding.tie', False, 'shape', {}), ('embedding.position', 'learned', 'shape', {'embedding.max_position': 8}),

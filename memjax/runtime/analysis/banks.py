@@ -7,9 +7,9 @@ import numpy as np
 
 from memjax.config.banks import BANKS, shared_table
 from memjax.config.layout import mixer_path
-
 from memjax.memory.bank import scale_free_norm
 from memjax.memory.registry import make_memory, make_table
+from memjax.models.block import settings
 from memjax.runtime.analysis.plain import round_list
 from memjax.runtime.footprint import entries_of
 from memjax.runtime.reading import Run
@@ -104,7 +104,7 @@ def directions(found: Run, place: Any, rows_NxW: jax.Array) -> tuple[str, np.nda
   mixer = config.mixers[place.mixer]
   if mixer.kind == 'bank' and rows_NxW.shape[1] == config.width: return DIRECT, np.asarray(rows_NxW)
   path = mixer_path(config, place.part, place.layer, place.mixer)
-  memory = make_memory(mixer, config.width, lora=told(config, place.mixer, above=path), parent=None)
+  memory = make_memory(mixer, config.width, lora=settings(config, place.mixer, above=path), parent=None)
   def through(memory, rows_NxW):
     if mixer.kind == 'product_key': return memory.out(rows_NxW)
     value = memory.value(scale_free_norm(rows_NxW, mixer.mixing.norm, mixer.mixing.norm_epsilon))
