@@ -63,6 +63,7 @@ def batches_from(parts: Parts, tokens, step: int):
 
 def start(parts: Parts, workdir: str, values: dict, identity: dict):
   """(state, early-stopping counters): of the workdir's newest checkpoint, of another run, or new."""
+  from memjax.layers.tree import named
   from memjax.runtime.checkpoint import restore
   from memjax.runtime.loop import Early
   from memjax.runtime.seeded import check_keys
@@ -77,25 +78,21 @@ def start(parts: Parts, workdir: str, values: dict, identity: dict):
     return state, Early.from_json(record['early'])
   if values['resume_from']: return _continue(parts, values['resume_from'], identity), Early()
   if not values['init_from']: return first_state(parts), Early()
-  state = init_state(parts.model, parts.optimizer, parts.config, parts.abstract)
-  return state._replace(params=_read(parts, values['init_from'])), Early()
+  given = named(_read(parts, values['init_from']))
+  return init_state(parts.model, parts.optimizer, parts.config, parts.abstract, given), Early()
 
 
 def first_state(parts: Parts):
   """The state of a run that starts from nothing, or from the pretrained checkpoint in training.host."""
-  import jax
-
   from memjax.adapters.graft import load_host
-  from memjax.layers.tree import named, unnamed
+  from memjax.layers.tree import named
   from memjax.runtime.state import init_state
-  config, abstract = parts.config, parts.abstract
-  state = init_state(parts.model, parts.optimizer, config, abstract)
-  if not config.training.host: return state
-  host = named(load_host(config.model, config.training.host, mesh=parts.mesh))
-  fresh = {name: x for name, x in named(state.params).items() if name not in host}
-  logger.info('parameters of %s; %d arrays of memories are new', config.training.host, len(fresh))
-  params = unnamed({**host, **fresh}, abstract.params)
-  return state._replace(params=jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), params, abstract.params))
+  config, abstract, host = parts.config, parts.abstract, {}
+  if config.training.host:
+    host = named(load_host(config.model, config.training.host, mesh=parts.mesh))
+    fresh = len(named(abstract.params)) - len(host)
+    logger.info('parameters of %s; %d arrays of memories and low-rank changes are new', config.training.host, fresh)
+  return init_state(parts.model, parts.optimizer, config, abstract, host)
 
 
 def _continue(parts: Parts, source: str, identity: dict):

@@ -25,7 +25,9 @@ def full_size(name):
   return load(golden.CONFIGS / f'{name}.py', f'model.vocabulary={size}')
 
 
-LONG = ('hamt_seed', 'mat_small', 'moc_371m', 'vanilla_control', 'wikitext2')      # their golden values are compared by `make test-slow`
+# Their golden values are compared by `make test-slow`.
+LONG = ('adapter_qwen2p5_1p5b', 'adapter_smollm2_135m', 'hamt_seed', 'mat_small', 'memory_lora_combined', 'moc_371m', 'vanilla_control',
+        'wikitext2')
 
 
 @pytest.mark.parametrize('name', NAMES)

@@ -157,6 +157,7 @@ def make_tokenizer(data: DataConfig, documents: Iterable[str] | None = None) -> 
   kind = data.tokenizer.kind
   if kind == 'bytes': return ByteTokenizer()
   if kind == 'file': return _subword().from_file(data.tokenizer.path)
+  if kind == 'host': raise UserError("data.tokenizer.kind='host' comes with the pretrained model: memjax.runtime.words.open_words")
   if documents is None: documents = load_corpus(data, 'train').documents
   return WordTokenizer.train(documents) if kind == 'word' else _subword().train(documents, data.tokenizer.size)
 

@@ -1,5 +1,5 @@
 """The training state and the one compiled step: gradient by micro-batches and segments, update, guard against NaN."""
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +9,8 @@ from jax.sharding import Mesh
 
 from memjax.config.banks import sees_future
 from memjax.config.errors import UserError
-from memjax.config.schema import Config, ModelConfig, mixer_names
+from memjax.config.layout import mixer_names
+from memjax.config.schema import Config, ModelConfig
 from memjax.layers.tree import named, unnamed
 from memjax.models.decoder import init_params, noise, param_shapes
 from memjax.runtime import optim, sharding
@@ -70,9 +71,21 @@ def abstract_state(model: Any, optimizer: optim.Optimizer, config: Config, mesh:
   return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places)
 
 
-def init_state(model: Any, optimizer: optim.Optimizer, config: Config, abstract: TrainState) -> TrainState:
-  """The state before the first step, made in place by the shardings of `abstract`."""
-  return jax.jit(make_init(model, optimizer, config), out_shardings=jax.tree.map(lambda x: x.sharding, abstract))()
+def init_state(model: Any, optimizer: optim.Optimizer, config: Config, abstract: TrainState,
+               given: Mapping[str, jax.Array] | None = None) -> TrainState:
+  """The state before the first step, made in place by the shardings of `abstract`.
+
+  `given`, {path: array}, are parameters that exist already: they are used, moved to their sharding, and none is made for them.
+  """
+  init, given = make_init(model, optimizer, config), given or {}
+  others = lambda params: {path: x for path, x in named(params).items() if path not in given}
+  def make():
+    state = init()
+    return state._replace(params=others(state.params))
+  places = jax.tree.map(lambda x: x.sharding, abstract)
+  state = jax.jit(make, out_shardings=places._replace(params=others(places.params)))()
+  moved = {path: jax.device_put(x, place) for path, place in named(places.params).items() if (x := given.get(path)) is not None}
+  return state._replace(params=unnamed({**state.params, **moved}, abstract.params))
 
 
 def make_forward(model: Any, config: Config) -> Callable:

@@ -22,12 +22,16 @@ def open_tokenizer(config: Config, workdir: str, source: str = '') -> Tokenizer:
 
   Raises UserError if the saved one is damaged or of another kind than the config's.
   """
+  kind = config.data.tokenizer.kind
   for folder in (os.path.join(path, TOKENIZER) for path in (workdir, source) if path):
     if not os.path.isdir(folder): continue
-    tokenizer, kind = load_tokenizer(folder), config.data.tokenizer.kind
-    if tokenizer.name != kind: raise UserError(f'config.data.tokenizer.kind={kind}, but {folder} holds one of kind {tokenizer.name}')
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.name != ('file' if kind == 'host' else kind):
+      raise UserError(f'config.data.tokenizer.kind={kind}, but {folder} holds one of kind {tokenizer.name}')
     return tokenizer
-  return make_tokenizer(config.data)
+  if kind != 'host': return make_tokenizer(config.data)
+  from memjax.runtime.words import open_words  # needs the extra `text`
+  return open_words(config.training.host).tokenizer
 
 
 def check_workdir(workdir: str, sources: dict[str, str]) -> None:

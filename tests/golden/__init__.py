@@ -27,6 +27,8 @@ FAST = lambda *groups: tuple(f'optimizer.groups.{group}.{field}' for group in gr
 PLAIN = (*SMALL, 'model.mixers.attention.heads=4', 'model.vocabulary=256', 'model.dtype=float32', 'training.accumulate=1',
          'data.tokenizer.kind=bytes', 'data.tokenizer.size=0', *FAST('base'))
 BANK = (*PLAIN, 'model.mixers.bank.heads=4', 'model.mixers.bank.shape.entries=64', *FAST('memory', 'memory_bank'))
+HOSTED = (*SMALL, 'model.vocabulary=256', *(f'model.mixers.attention.{field}' for field in ('heads=4', 'kv_heads=2', 'head_width=8')))
+READ = (*(f'model.mixers.memory.{field}' for field in ('heads=4', 'kv_heads=2', 'shape.entries=64')), *FAST('memory', 'memory_bank'))
 # What differs from the shipped config, so that it takes seconds and needs no text but the bundled one.
 OVERRIDES = {
     'tiny': ROWS,
@@ -39,6 +41,10 @@ OVERRIDES = {
     'vanilla_control': PLAIN,
     'moc_371m': (*BANK, 'model.mixers.attention.kv_heads=2', 'model.mixers.bank.kv_heads=4', 'model.mixers.bank.shape.entries=68',
                  'model.mixers.bank.shape.chapters=17', 'model.mixers.bank.router.top_k=4'),
+    'adapter_smollm2_135m': (*HOSTED, *READ),
+    'adapter_qwen2p5_1p5b': (*HOSTED, *READ, 'model.dtype=float32', 'model.prefix=attention,memory:bare', 'model.suffix='),
+    'lora_only': (*HOSTED, *FAST('lora')),
+    'memory_lora_combined': (*HOSTED, *READ, *FAST('lora')),
     'wikitext2': (*SMALL, 'data.source=shakespeare', 'data.hub=', 'data.separator=\n\n\n', 'data.tokenizer.kind=bytes'),
 }
 
