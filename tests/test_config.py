@@ -116,6 +116,7 @@ REFUSED = [
   ('model.embedding.position=learned', "config.model.embedding.max_position > 0 goes with position='learned'"),
   ('model.embedding.max_position=9', "config.model.embedding.max_position > 0 goes with position='learned'"),
   ('data.tokenizer.kind=file', "config.data.tokenizer.path goes with kind 'file'"),
+  ('data.tokenizer.kind=host', "config.data.tokenizer.kind='host' needs training.host"),
   ('data.tokenizer.size=300', 'config.data.tokenizer.size applies to kind bpe, not to bytes'),
   ('data.source=path', "config.data.path goes with source 'path'"),
   ('data.hub=a/b', "config.data.hub goes with source 'hub'"),
