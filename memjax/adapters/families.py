@@ -7,6 +7,7 @@ from memjax.config.errors import ConfigError, UserError, nearest, shown
 from memjax.config.layout import stages, suffix_of, walk_layers
 from memjax.config.mixers import AttentionConfig, WindowConfig
 from memjax.config.placement import fold
+from memjax.config.quant import PACKED, storage_of
 from memjax.config.schema import BlockConfig, EmbeddingConfig, ModelConfig
 
 FAMILIES = ('llama', 'mistral', 'qwen2', 'qwen3')
@@ -145,6 +146,15 @@ def tensor_places(config: ModelConfig) -> dict[str, Place]:
     for name, path in _layer_tensors(config, *found[0]):
       places[f'model.layers.{number}.{name}'] = Place((*part, *path), repeat, path[-1] == 'kernel')
     number += 1
+  return places
+
+
+def stored_places(config: ModelConfig) -> dict[str, Place]:
+  """`tensor_places` in which a kernel stored as integers is two tensors, NAME_codes and NAME_scale, of its transpose [out, in]."""
+  places: dict[str, Place] = {}
+  for name, place in tensor_places(config).items():
+    if place.path[-1] != 'kernel' or storage_of(config.block.quant, '/'.join(place.path)) not in PACKED: places[name] = place
+    else: places |= {f'{name}_{part}': Place((*place.path[:-1], f'kernel_{part}'), place.repeat, False) for part in ('codes', 'scale')}
   return places
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from memjax.adapters.families import EMBED, HEAD, Place, family_config, tensor_places
+from memjax.adapters.families import EMBED, HEAD, Place, family_config, stored_places
 from memjax.adapters.safetensors import HEADER_LIMIT, Checkpoint, parse_json
 from memjax.config.errors import UserError, nearest, shown
 from memjax.config.schema import ModelConfig
@@ -101,22 +101,23 @@ def load_params(config: ModelConfig, tensors: Tensors, *, mesh: Mesh | None = No
   """The parameters of the decoder that the tensors hold; those of memories beside its attention are not in the tree.
 
   Names and shapes are checked before anything is moved. Then each tensor is read, moved, transposed and cast on the device,
-  and written into its layer of a scanned parameter, so that the host never holds more than the largest of them.
+  and written into its layer of a scanned parameter, so that the host never holds more than the largest of them. Kernels that the
+  config stores in fewer bits keep its type, whatever `param_dtype`; those of integers are tensors of `PackedTensors`.
   Raises UserError for a tensor that is missing, unknown, or of another shape or type.
   """
   if param_dtype not in PARAM_DTYPES: raise UserError(f'param_dtype {shown(param_dtype)} is not one of {", ".join(PARAM_DTYPES)}')
   shapes, axes = param_shapes(build_decoder(config))
-  places = tensor_places(config)
+  places = stored_places(config)
   check_tensors(places, shapes, tensors)
   params: dict[str, Any] = {}
   for name, place in places.items():
-    shape = _leaf(shapes, place.path).shape
+    shape, dtype = (like := _leaf(shapes, place.path)).shape, param_dtype if like.dtype == jnp.float32 else like.dtype.name
     sharding = _sharding(mesh, _leaf(axes, place.path), shape)
     *above, last = place.path
     node = functools.reduce(lambda tree, key: tree.setdefault(key, {}), above, params)
-    if place.repeat >= 0 and last not in node: node[last] = _empty(shape, param_dtype, sharding)()
+    if place.repeat >= 0 and last not in node: node[last] = _empty(shape, dtype, sharding)()
     row = jax.device_put(np.array(tensors.read(name)), _row_sharding(sharding, place))
-    if place.repeat < 0: node[last] = _whole(place.transposed, param_dtype, sharding)(row)
+    if place.repeat < 0: node[last] = _whole(place.transposed, dtype, sharding)(row)
     else: node[last] = _layer(place.transposed, sharding)(node[last], row, np.int32(place.repeat))
   return params
 

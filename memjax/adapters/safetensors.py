@@ -19,6 +19,7 @@ from memjax.config.errors import UserError, nearest, shown
 FLOATS = {'F32': np.dtype(np.float32), 'F16': np.dtype(np.float16), 'BF16': np.dtype(jnp.bfloat16)}
 SIZES = {'F64': 8, 'I64': 8, 'U64': 8, 'I32': 4, 'U32': 4, 'I16': 2, 'U16': 2, 'I8': 1, 'U8': 1, 'BOOL': 1, 'F8_E4M3': 1,
          'F8_E5M2': 1, 'F8_E8M0': 1} | {name: dtype.itemsize for name, dtype in FLOATS.items()}
+INTEGERS = {'I8': np.dtype(np.int8), 'U8': np.dtype(np.uint8)}
 HEADER_LIMIT = 32 << 20          # bytes of a header or an index: room for 200,000 tensors
 LARGEST = 1 << 48                # no tensor has as many numbers
 SINGLE, INDEX = 'model.safetensors', 'model.safetensors.index.json'
@@ -35,8 +36,8 @@ class Entry(NamedTuple):
 class SafeTensors:
   """One file: `entries` {name: Entry} after all checks, `read(name)` for the values. Raises UserError for a bad file."""
 
-  def __init__(self, path: str):
-    self.path = path
+  def __init__(self, path: str, types: Mapping[str, np.dtype] = FLOATS):
+    self.path, self.types = path, types
     try:
       with open(path, 'rb') as file:
         size = os.fstat(file.fileno()).st_size
@@ -50,10 +51,10 @@ class SafeTensors:
       raise UserError(f'{path} {error}') from None
 
   def read(self, name: str) -> np.ndarray:
-    """The values of a tensor as a read-only view of the file. Raises UserError for a type other than F32, F16 and BF16."""
+    """The values of a tensor as a read-only view of the file. Raises UserError for a type other than `types`."""
     entry = self.entries[name]
-    if entry.dtype not in FLOATS: raise UserError(f'{self.path}: {shown(name)} is {entry.dtype}; weights are {", ".join(FLOATS)}')
-    flat = np.frombuffer(self._map, FLOATS[entry.dtype], math.prod(entry.shape), entry.begin)
+    if entry.dtype not in self.types: raise UserError(f'{self.path}: {shown(name)} is {entry.dtype}; weights are {", ".join(self.types)}')
+    flat = np.frombuffer(self._map, self.types[entry.dtype], math.prod(entry.shape), entry.begin)
     return flat.reshape(entry.shape)
 
 
@@ -111,18 +112,18 @@ def _entry(name: str, value: Any, start: int) -> Entry:
   return Entry(dtype, tuple(shape), start + begin, start + end)
 
 
-def write_safetensors(path: str, tensors: Mapping[str, Any]) -> None:
+def write_safetensors(path: str, tensors: Mapping[str, Any], types: Mapping[str, np.dtype] = FLOATS) -> None:
   """Leaves the file whole or not at all: the tensors in the order of their names, fetched from their devices one at a time.
 
-  What was written is read back and compared before it takes its name. Raises UserError for a type other than F32, F16 and
-  BF16 and where the machine refuses.
+  What was written is read back and compared before it takes its name. Raises UserError for a type other than `types` and
+  where the machine refuses.
   """
-  types, header, end = {dtype: name for name, dtype in FLOATS.items()}, {'__metadata__': {'format': 'pt'}}, 0
+  names, header, end = {dtype: name for name, dtype in types.items()}, {'__metadata__': {'format': 'pt'}}, 0
   for name, value in sorted(tensors.items()):
     dtype = np.dtype(value.dtype)
-    if dtype not in types: raise UserError(f'{path}: {shown(name)} is {dtype}; weights are {", ".join(FLOATS)}')
+    if dtype not in names: raise UserError(f'{path}: {shown(name)} is {dtype}; weights are {", ".join(types)}')
     begin, end = end, end + math.prod(value.shape) * dtype.itemsize
-    header[name] = {'dtype': types[dtype], 'shape': list(value.shape), 'data_offsets': [begin, end]}
+    header[name] = {'dtype': names[dtype], 'shape': list(value.shape), 'data_offsets': [begin, end]}
   text = json.dumps(header).encode()
   text += b' ' * (-len(text) % 8)                       # the data begin at a multiple of eight bytes
   sums = {}
@@ -135,7 +136,7 @@ def write_safetensors(path: str, tensors: Mapping[str, Any]) -> None:
         file.write(raw)
       file.flush()
       os.fsync(file.fileno())
-    found = SafeTensors(f'{path}.tmp')
+    found = SafeTensors(f'{path}.tmp', types)
     if sums != {name: (entry.shape, zlib.crc32(found.read(name).tobytes())) for name, entry in found.entries.items()}:
       raise UserError(f'{path}.tmp does not hold what was written')
     os.replace(f'{path}.tmp', path)

@@ -14,7 +14,7 @@ from memjax.config.errors import UserError
 from memjax.config.lora import LoraConfig, rank_of, scale_of
 from memjax.config.quant import PACKED, QuantConfig, storage_of
 from memjax.ops.low_rank import magnitude_scale
-from memjax.ops.quantize import Quantized, quantize, quantized_dot
+from memjax.ops.quantize import Quantized, packed_shapes, quantize, quantized_dot
 
 NONE, FLOAT = LoraConfig(), QuantConfig()
 NOISE = 'lora'              # the stream of random numbers that switches the dropout of changes on
@@ -75,13 +75,14 @@ def find_kernel(module: nn.Module, init: Callable, shape: tuple[int, int]) -> ja
   if storage not in PACKED: return module.param('kernel', boxed(init, inputs, outputs), shape, jnp.dtype(storage or 'float32'))
   bits, scheme, group = PACKED[storage]
   how = dict(bits=bits, scheme=scheme, group=group)
+  try:
+    packed_shapes(shape[::-1], bits=bits, group=group)
+  except UserError as error:
+    raise UserError(f'{path_of(module)} cannot be stored as {storage}: {error}; name it in config.model.block.quant.exclude') from None
   made = quantize(init(module.make_rng('params'), shape).T, **how) if module.is_initializing() else None
   start = lambda key, part: getattr(made or quantize(init(key, shape).T, **how), part)
   part = lambda name: module.param(f'kernel_{name}', boxed(start, outputs, inputs), name)
-  try:
-    return Quantized(part('codes'), part('scale'), width=shape[0], **how)
-  except UserError as error:
-    raise UserError(f'{path_of(module)} cannot be stored as {storage}: {error}; name it in quant.exclude') from None
+  return Quantized(part('codes'), part('scale'), width=shape[0], **how)
 
 
 def multiply(x: jax.Array, kernel: jax.Array | Quantized) -> jax.Array:
