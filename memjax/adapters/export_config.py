@@ -23,20 +23,18 @@ UNSEEN = (*FREE, 'grafted')        # what a checkpoint does not say
 def plain_config(config: ModelConfig) -> ModelConfig:
   """The same decoder with the names and the explicit sizes that `family_config` gives; without low-rank changes.
 
-  Raises UserError, naming the memory, for one that is not attention alone.
+  Raises UserError, naming the memory or the layer, for a model that is not attention and feed-forward networks alone.
   """
-  names: dict[str, str] = {}
+  names, mixers = {}, {}
   for layer in config.layers:
     for name in mixer_names(layer):
       mixer = config.mixers[name]
       if not isinstance(mixer, AttentionConfig):
         raise UserError(f'a checkpoint of Llama, Mistral or Qwen cannot hold the {mixer.kind} memory {name!r} of the model')
       names[name] = WINDOW if isinstance(mixer, WindowConfig) else ATTENTION
-  if sorted(names.values()) != sorted(set(names.values())) or not set(config.layers) <= set(names):
-    raise UserError(f'a checkpoint of Llama, Mistral or Qwen cannot hold the layers {", ".join(sorted(set(config.layers)))} of the model')
-  def full(mixer):
-    return dataclasses.replace(mixer, kv_heads=mixer.kv_heads or mixer.heads, head_width=mixer.head_width or config.width // mixer.heads)
-  mixers = {new: full(config.mixers[old]) for old, new in names.items()}
+      full = dataclasses.replace(mixer, kv_heads=mixer.kv_heads or mixer.heads, head_width=mixer.head_width or config.width // mixer.heads)
+      if layer != name or mixers.setdefault(names[name], full) != full:
+        raise UserError(f'a checkpoint of Llama, Mistral or Qwen cannot hold the layer {layer!r} of the model')
   block = dataclasses.replace(config.block, lora=LoraConfig())
   hidden = config.hidden if config.hidden < 0 else hidden_width(config.width, config.hidden, block.activation)
   return dataclasses.replace(config, mixers=mixers, hidden=hidden, block=block, grafted=(),
@@ -72,11 +70,10 @@ def difference(one: ModelConfig, other: ModelConfig) -> str:
 
 
 def without_windows(config: ModelConfig) -> ModelConfig:
-  """The plain config whose layers all see the whole text, as files without windows say."""
-  config = plain_config(config)
-  if WINDOW not in config.mixers: return config
-  fields = {field.name: getattr(config.mixers[WINDOW], field.name) for field in dataclasses.fields(AttentionConfig)}
-  return dataclasses.replace(config, mixers={ATTENTION: AttentionConfig(**fields)}, **fold([ATTENTION] * config.depth))
+  """The config, laid out as it is, whose layers all see the whole text, as files without windows say."""
+  fields = [field.name for field in dataclasses.fields(AttentionConfig)]
+  wide = lambda mixer: AttentionConfig(**{name: getattr(mixer, name) for name in fields}) if isinstance(mixer, WindowConfig) else mixer
+  return dataclasses.replace(config, mixers={name: wide(mixer) for name, mixer in config.mixers.items()})
 
 
 def _family(config: ModelConfig) -> str:
