@@ -1,0 +1,129 @@
+"""A run or a pretrained model, opened and its low-rank changes merged; and files that are checked before they take their name."""
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from memjax.adapters import graft
+from memjax.adapters.gguf_model import GgufModel
+from memjax.adapters.lora import extract, insert, merge, with_lora
+from memjax.adapters.peft import load_peft
+from memjax.adapters.pretrained import load_params
+from memjax.config.errors import UserError
+from memjax.config.lora import LoraConfig, rank_of
+from memjax.config.schema import ModelConfig
+from memjax.layers.tree import named
+from memjax.runtime.reading import open_run
+from memjax.runtime.selfcheck import check_merged
+from memjax.runtime.texts import Texts, open_texts, own_texts
+
+
+class Model(NamedTuple):
+  """What is exported: a decoder with whatever was added to it, and its texts."""
+  source: str                      # the file or folder it came from
+  base: str                        # the pretrained model, '' = none
+  config: ModelConfig
+  params: Any
+  texts: Texts
+  stored: dict[str, str]           # type of each tensor of the checkpoint that it came from; {} where those were not floats as they are
+  record: dict[str, Any]           # of a run: its config hash and step
+
+
+class Merged(NamedTuple):
+  """The same without low-rank changes: they are in the kernels."""
+  host_config: ModelConfig
+  host: Any                        # parameters without memories
+  config: ModelConfig              # with memories
+  params: Any
+  maps: int                        # linear maps that were merged
+
+  @property
+  def has_memory(self) -> bool:
+    """Whether memories are grafted beside the host."""
+    return self.config != self.host_config
+
+
+def open_model(path: str, adapters: Sequence[str] = ()) -> Model:
+  """A pretrained model, with the adapters of folders of PEFT or of memories put onto it.
+
+  Raises UserError for what cannot be read, two adapters of a kind, and adapters of another model.
+  """
+  config, tensors = graft.open_host(path)
+  params = load_params(config, tensors)
+  kinds = ['memory' if os.path.isfile(os.path.join(folder, graft.DESCRIPTION)) else 'PEFT' for folder in adapters]
+  for kind in set(kinds):
+    if kinds.count(kind) > 1: raise UserError(f'--adapter names {kinds.count(kind)} folders of {kind}; a model takes one of each kind')
+  found = dict(zip(kinds, adapters, strict=True))
+  if 'memory' in found: config, params = graft.load_adapter(found['memory'], config, params)
+  if 'PEFT' in found:
+    config, adapter = load_peft(found['PEFT'], config)
+    params = insert(params, adapter)
+  return Model(path, path, config, params, open_texts(path), _stored(tensors), {})
+
+
+def _stored(tensors: Any) -> dict[str, str]:
+  """The float type of each tensor of a folder; nothing of a GGUF file, whose tensors may be in few bits."""
+  return {} if isinstance(tensors, GgufModel) else {name: tensors.read(name).dtype.name for name in tensors.names}
+
+
+def open_trained(workdir: str, step: int = 0, host: str = '') -> Model:
+  """The best checkpoint of a run, else the newest, or that of `step`; `host` is where its pretrained model is now ('' = as it says).
+
+  Raises UserError for what `open_run` refuses, a pretrained model that is gone, and one with another tokenizer.
+  """
+  run = open_run(workdir, step)
+  path, record = host or run.config.training.host, {'config': run.name, 'step': run.step}
+  if host and not run.config.training.host: raise UserError(f'--host {host}: the run {workdir} began without a pretrained model')
+  if not path: return Model(workdir, path, run.config.model, run.params, own_texts(run.tokenizer, run.config.training.length), {}, record)
+  if not os.path.exists(path): raise UserError(f'{path}, which the run began with, is gone; --host says where it is now')
+  texts, inner = open_texts(path), getattr(run.tokenizer, 'inner', None)
+  if inner is None or inner.get_vocab(True) != texts.words.tokenizer.inner.get_vocab(True):
+    raise UserError(f'the tokenizer of the run {workdir} is not that of {path}')
+  return Model(workdir, path, run.config.model, run.params, texts, _stored(graft.open_host(path)[1]), record)
+
+
+def merge_model(model: Model) -> Merged:
+  """The model with its low-rank changes merged, memories and host apart. Raises UserError unless all that are configured were."""
+  lora, params, count = model.config.block.lora, model.params, 0
+  config = with_lora(model.config, LoraConfig())
+  if lora.rank:
+    changes = extract(params, lora)
+    before = {path: x for path, x in named(params).items() if path.endswith('/kernel') and rank_of(lora, path)}
+    params = merge(params, [changes])
+    count = check_merged(before, named(params), before, changes)
+  if graft.host_of(config) == config: return Merged(config, params, config, params, count)
+  return Merged(graft.host_of(config), graft.split_adapter(params, config)[0], config, params, count)
+
+
+def publish(output: str, write: Callable[[str], None], check: Callable[[str], Any]) -> Any:
+  """What `check` gave for what `write` left; only then it takes the name `output`, a file or a folder.
+
+  Both get the path of a place beside it. Raises UserError where `output` exists, the machine refuses, or something differs;
+  then what was written is kept as `output`.failed.
+  """
+  output = os.path.abspath(output)
+  if os.path.exists(output): raise UserError(f'{output} exists; name a new place')
+  beside = f'{output}.{uuid.uuid4().hex[:8]}.tmp'
+  try:
+    os.makedirs(os.path.dirname(output), exist_ok=True)
+    write(beside)
+    found = check(beside)
+    os.replace(beside, output)
+    return found
+  except UserError as error:
+    raise _kept(error, beside, output) from None
+  except OSError as error:
+    raise UserError(f'{output} cannot be written: {error.strerror or error}') from None
+  finally:
+    if os.path.isdir(beside): shutil.rmtree(beside, ignore_errors=True)
+    elif os.path.exists(beside): os.remove(beside)
+
+
+def _kept(error: UserError, beside: str, output: str) -> UserError:
+  """The error, after what was written was kept under a name that says so."""
+  left = next((path for path in (f'{beside}.failed', beside) if os.path.exists(path)), '')
+  if not left: return error
+  failed = next(name for name in (f'{output}.failed{number or ""}' for number in range(10 ** 6)) if not os.path.exists(name))
+  os.replace(left, failed)
+  return UserError(f'the export is wrong: {str(error).replace(left, failed).replace(beside, failed)}; it is kept as {failed}')
