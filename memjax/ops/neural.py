@@ -1,0 +1,213 @@
+"""Learning at test time (Titans, Behrouz et al. 2024): a network whose weights follow gradient descent over the tokens, in chunks.
+
+    S_t = eta_t S_{t-1} - theta_t g_t        W_t = W_init + (1 - alpha_t) (W_{t-1} - W_init) + S_t        y_t = M(q_t; W_t)
+
+The state holds M = (W - W_init, momenta): zero is the learned start. In mode 'token' g_t is taken at the weights of the chunk's
+start (the anchor), 'exact' (linear memories) at W_{t-1}, and both read the exact W_t; in mode 'block' reads and gradients use the
+anchor. Gradients are rank-1, g_t = a_t (x) d_t, so that a chunk is a few matmuls and no weights per token exist:
+
+    z_t = h_t W_init + sum_q reach[q, t] h_t M_0[q] - sum_i weigh[t, i] (h_t . a_i) d_i          layer by layer, then the nonlinearity
+
+Step sizes theta are folded into d. `neural_reference` is the same by a loop over tokens with `jax.grad`.
+"""
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from memjax.ops.neural_exact import solve
+from memjax.ops.neural_nets import Network, Plain, Record, dot, inner_loss, probe_shapes
+from memjax.ops.neural_steps import Coefficients, levels, read_before
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+  """The inner loop. `scale` and `argument` belong to the loss; `clip` bounds the gradient norm of one token (0 = off), hard or
+  'soft' (1 / (1 + N / clip)); `first_order` stops outer gradients through inner gradients; `grad_at` 'decayed' takes the error of
+  mode 'exact' at the decayed memory."""
+  network: Network
+  mode: str = 'token'
+  loss: str = 'l2'
+  scale: float = 0.5
+  argument: float = 0.0
+  momentum: str = 'first'
+  decay_to: str = 'init'
+  read: str = 'after'
+  grad_at: str = 'previous'
+  clip: float = 0.0
+  clip_kind: str = 'hard'
+  first_order: bool = False
+  solver: str = 'blocked'
+  dtype: Any = jnp.float32
+
+  @property
+  def levels(self) -> int:
+    """Q."""
+    return levels(self.momentum)
+
+
+class Weights(NamedTuple):
+  """The learned start by name: fast tensors [B, H, ...] (broadcast over rows), slow ones [H, ...]."""
+  fast: dict
+  slow: dict
+
+
+class Tokens(NamedTuple):
+  """Writes of a chunk: keys [B, H, C, K], values [B, H, C, V], weight [B, H, C] (theta; 0 = no write), keep = 1 - alpha [B, H, C]."""
+  key: jax.Array
+  value: jax.Array
+  weight: jax.Array
+  keep: jax.Array
+
+
+class Factors(NamedTuple):
+  """Gradients of a chunk: a and d by name, [B, H, C, width], d times the weight; loss and gradient norm [B, H, C]; the share of
+  each gradient that the clip left."""
+  a: dict
+  d: dict
+  loss: jax.Array
+  norm: jax.Array
+  kept: jax.Array
+
+
+def anchor(start: Weights, memory: dict) -> dict:
+  """The weights W_init + M[0] by name."""
+  return {name: start.fast[name] + memory[name][:, :, 0] for name in memory}
+
+
+def squared_norms(a: dict, d: dict) -> jax.Array:
+  """|g|^2 of each token over all fast tensors, from its factors: |a|^2 |d|^2, and |a (.) d|^2 for vectors."""
+  total = 0.0
+  for name in a:
+    a_, d_ = a[name], d[name]
+    total += jnp.sum(a_ * a_, -1) * jnp.sum(d_ * d_, -1) if is_matrix(name) else jnp.sum((a_ * d_) ** 2, -1)
+  return total
+
+
+def is_matrix(name: str) -> bool:
+  """Whether a fast tensor is a matrix; the others are gains and biases."""
+  return name != 'gain' and not name.startswith('b_')
+
+
+def clip_share(rule: Rule, norm: jax.Array) -> jax.Array:
+  """The factor on the gradient of each token."""
+  if not rule.clip: return jnp.ones_like(norm)
+  if rule.clip_kind == 'soft': return 1 / (1 + norm / rule.clip)
+  return jnp.minimum(1.0, rule.clip / norm)
+
+
+def factors(rule: Rule, weights: dict, slow: dict, tokens: Tokens) -> Factors:
+  """The gradients of the inner losses of some tokens at `weights`, as rank-1 factors, from one backward pass."""
+  wide = tokens.weight.dtype
+  probes = {name: jnp.zeros((*tokens.weight.shape, width), wide) for name, width in probe_shapes(rule.network).items()}
+  by_token = rule.clip or rule.first_order
+  def loss(probes):
+    ops = Record(weights, slow, rule.dtype, probes)
+    each = inner_loss(rule.loss, rule.network(ops, tokens.key.astype(wide)), tokens.value.astype(wide), scale=rule.scale,
+                      argument=rule.argument)
+    return jnp.sum(each if by_token else tokens.weight * each), (ops.seen, each)
+  d, (a, each) = jax.grad(loss, has_aux=True)(probes)
+  if rule.first_order: a, d = jax.lax.stop_gradient((a, d))
+  norm = jnp.sqrt(jnp.maximum(squared_norms(a, d), 1e-24))
+  if not by_token:
+    return Factors(a, d, each, norm / jnp.where(tokens.weight > 0, tokens.weight, 1), jnp.ones_like(norm))
+  kept = clip_share(rule, norm)
+  scale = (tokens.weight * kept)[..., None]
+  return Factors(a, {name: scale * d_ for name, d_ in d.items()}, each, norm, kept)
+
+
+class Dual:
+  """The interpreter of token reads: every layer sees the weights of its token, which are never formed."""
+
+  def __init__(self, rule: Rule, start: Weights, memory: dict, *, found: Factors, coefficients: Coefficients):
+    self.rule, self.start, self.memory, self.found, self.dtype = rule, start, memory, found, rule.dtype
+    self.weigh, self.reach = coefficients.weigh, coefficients.reach
+
+  def _parts(self, name):
+    """(share of each token, tensor) whose sum is the weights of a token before its chunk's writes."""
+    memory, reach = self.memory[name], self.reach
+    parts = [(reach[:, :, q], memory[:, :, q]) for q in range(memory.shape[2])]
+    if self.rule.decay_to == 'zero': return [(reach[:, :, 0], self.start.fast[name] + memory[:, :, 0]), *parts[1:]]
+    return [(None, self.start.fast[name]), *parts]
+
+  def linear(self, name, h):
+    """h W_t, as one matmul over [W_init, M, D] stacked along its inner axis."""
+    a, d = self.found.a[name], self.found.d[name]
+    seen = dot('bhti,bhsi->bhts', h, a, self.dtype) * -self.weigh
+    left = [h if share is None else h * share[..., None] for share, _ in self._parts(name)]
+    cast = lambda parts, axis: jnp.concatenate([part.astype(self.dtype) for part in parts], axis)
+    right = [tensor for _, tensor in self._parts(name)]
+    return dot('bhti,bhio->bhto', cast([*left, seen], -1), cast([*right, d], 2), self.dtype)
+
+  def _vector(self, name):
+    """A fast vector as each token sees it, [B, H, C, width]."""
+    change = dot('bhts,bhso->bhto', self.weigh, self.found.d[name] * self.found.a[name], self.dtype)
+    own = lambda share, tensor: tensor[:, :, None] if share is None else share[..., None] * tensor[:, :, None]
+    return sum(own(*part) for part in self._parts(name)) - change
+
+  def scale(self, name, x):
+    """x (1 + gamma_t)."""
+    return x * (1 + self._vector(name))
+
+  def bias(self, name, x):
+    """x + beta_t."""
+    return x + self._vector(name)
+
+  def slow(self, name):
+    """An ordinary parameter, [H, ...]."""
+    return self.start.slow[name]
+
+
+def read_tokens(rule: Rule, start: Weights, memory: dict, query: jax.Array, *, found: Factors, coefficients: Coefficients) -> jax.Array:
+  """y [B, H, C, V]: each token reads the weights after (or before) its own write."""
+  if rule.read == 'before': coefficients = read_before(coefficients)
+  return rule.network(Dual(rule, start, memory, found=found, coefficients=coefficients), query.astype(coefficients.weigh.dtype))
+
+
+def read_anchor(rule: Rule, start: Weights, memory: dict, query: jax.Array) -> jax.Array:
+  """y [B, H, C, V]: every token reads the weights of `memory`."""
+  wide = jnp.promote_types(jnp.float32, rule.dtype)
+  return rule.network(Plain(anchor(start, memory), start.slow, rule.dtype), query.astype(wide))
+
+
+def commit(rule: Rule, start: Weights, memory: dict, *, found: Factors, coefficients: Coefficients) -> dict:
+  """M after the chunk: turn M - push (A, D), for each tensor one matmul of inner size C."""
+  turn, push = coefficients.turn, coefficients.push
+  out = {}
+  for name, old in memory.items():
+    a, d = found.a[name], found.d[name]
+    if is_matrix(name):
+      B, H, Q, i = old.shape[:4]
+      pushed = jnp.swapaxes(push, 2, 3)[..., None] * a[:, :, :, None]
+      new = -dot('bhci,bhco->bhio', pushed.reshape(B, H, -1, Q * i), d, rule.dtype).reshape(old.shape)
+    else: new = -dot('bhqc,bhco->bhqo', push, a * d, rule.dtype)
+    shape = lambda share: share.reshape(*share.shape, *(1,) * (old.ndim - 3))
+    for q in range(rule.levels): new += shape(turn[..., q]) * old[:, :, q:q + 1]
+    if rule.decay_to == 'zero':
+      lost = (1 - turn[:, :, 0, 0]).reshape(*turn.shape[:2], *(1,) * (old.ndim - 3))
+      new = new.at[:, :, 0].add(-lost * start.fast[name])
+    out[name] = new
+  return out
+
+
+def find_factors(rule: Rule, start: Weights, memory: dict, tokens: Tokens, *, coefficients: Coefficients) -> Factors:
+  """The gradients of a chunk where the mode takes them: at the anchor, or at W_{t-1} of each token by one triangular solve."""
+  if rule.mode != 'exact': return factors(rule, anchor(start, memory), start.slow, tokens)
+  wide, net = tokens.weight.dtype, rule.network
+  key, value = tokens.key.astype(wide), tokens.value.astype(wide)
+  a = {name: key if is_matrix(name) else jnp.ones_like(value) for name in net.fast}
+  nothing = Factors(a, {name: jnp.zeros_like(value) for name in a}, *[jnp.zeros_like(tokens.weight)] * 3)
+  before = read_before(coefficients)
+  past, weigh = net(Dual(rule, start, memory, found=nothing, coefficients=before), key), before.weigh
+  if rule.grad_at == 'decayed':
+    fixed = 0 if rule.decay_to == 'zero' else net(Plain(start.fast, start.slow, rule.dtype), key)
+    past, weigh = fixed + tokens.keep[..., None] * (past - fixed), weigh * tokens.keep[..., None]
+  rate = 2 * rule.scale * tokens.weight[..., None]
+  gram = dot('bhti,bhsi->bhts', key, key, rule.dtype) + float(net.bias)
+  d = solve(rate * weigh * gram, rate * (past - value), how=rule.solver)
+  unit = d / jnp.where(rate == 0, 1, tokens.weight[..., None])
+  if rule.first_order: a, d = jax.lax.stop_gradient(a), tokens.weight[..., None] * jax.lax.stop_gradient(unit)
+  square = jnp.sum(unit * unit, -1)
+  norm = jnp.sqrt(jnp.maximum(square * (jnp.sum(key * key, -1) + float(net.bias)), 1e-24))
+  return Factors(a, dict.fromkeys(a, d), square / (4 * rule.scale), norm, jnp.ones_like(norm))

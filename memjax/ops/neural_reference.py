@@ -1,0 +1,80 @@
+"""The plain reference of the neural memory: a loop over tokens, weights in full, one `jax.grad` per token and row."""
+import jax
+import jax.numpy as jnp
+
+from memjax.ops.neural import Rule, Weights
+from memjax.ops.neural_nets import Plain, inner_loss
+from memjax.ops.neural_steps import Gates
+
+
+def reference(rule: Rule, start: Weights, memory: dict, tokens: tuple, *, gates: Gates, chunk: int,
+              window: int = 1) -> tuple[dict, jax.Array]:
+  """(memory after L tokens, y [B, H, L, V]); memory leaves are [B, H, Q, ...]: W - W_init and the momenta.
+
+  tokens = (query, key, value) [B, H, L, width], gates [B, H, L], chunks counted from the first token. S_t = eta S - theta g,
+  W_t = (1 - alpha) W + S towards W_init or zero, g at the chunk's start ('token', 'block') or at W_{t-1} ('exact'). `window` > 1
+  (omega rule): g is the sum of the gradients of that many last tokens.
+  """
+  full = {name: leaf.at[:, :, 0].add(start.fast[name]) for name, leaf in memory.items()}
+  query, key, value = (jnp.moveaxis(a[:, :, :, None], 2, 0) for a in tokens)
+  before = lambda a: jnp.zeros_like(a[:window])
+  past = tuple(map(before, (key, value, jnp.moveaxis(gates.write, 2, 0))))
+  def token(carry, now):
+    full, held, past = carry
+    t, query, key, value, gate = now
+    held = jax.tree.map(lambda new, old: jnp.where(t % chunk == 0, new, old), full, held) if rule.mode != 'exact' else full
+    past = tuple(jnp.concatenate([old[1:], new[None]]) for old, new in zip(past, (key, value, gate.write), strict=True))
+    fixed = {name: leaf[:, :, 0] for name, leaf in held.items()}
+    if rule.grad_at == 'decayed': fixed = _decayed(rule, start, fixed, gate.alpha)
+    each = [_gradient(rule, start, fixed, tuple(a[n] for a in past)) for n in range(window)]
+    g = jax.tree.map(lambda *one: sum(one), *each)
+    new = {name: _update(rule, start.fast[name], leaf, g[name], gates=gate) for name, leaf in full.items()}
+    seen = held if rule.mode == 'block' else full if rule.read == 'before' else new
+    y = rule.network(Plain({name: leaf[:, :, 0] for name, leaf in seen.items()}, start.slow, rule.dtype), query)
+    return (new, held, past), y
+  gates = jax.tree.map(lambda a: jnp.moveaxis(a, 2, 0), gates)
+  (full, _, _), y = jax.lax.scan(token, (full, full, past), (jnp.arange(query.shape[0]), query, key, value, gates))
+  return {name: leaf.at[:, :, 0].add(-start.fast[name]) for name, leaf in full.items()}, jnp.moveaxis(y[..., 0, :], 0, 2)
+
+
+def _lift(a, like):
+  return a.reshape(*a.shape, *(1,) * (like.ndim - a.ndim))
+
+
+def _decayed(rule, start, weights, alpha):
+  home = (lambda name: 0) if rule.decay_to == 'zero' else (lambda name: start.fast[name])
+  return {name: home(name) + _lift(1 - alpha, leaf) * (leaf - home(name)) for name, leaf in weights.items()}
+
+
+def _gradient(rule, start, weights, pair):
+  """The gradient of the inner loss of one token in every row and head, clipped; zero where it does not write."""
+  key, value, write = pair
+  def loss(fast):
+    y = rule.network(Plain(fast, start.slow, rule.dtype), key)
+    return jnp.sum(inner_loss(rule.loss, y, value, scale=rule.scale, argument=rule.argument))
+  g = jax.grad(loss)(weights)
+  if rule.clip:
+    norm = jnp.sqrt(jnp.maximum(sum(jnp.sum(leaf * leaf, tuple(range(2, leaf.ndim))) for leaf in g.values()), 1e-24))
+    share = 1 / (1 + norm / rule.clip) if rule.clip_kind == 'soft' else jnp.minimum(1.0, rule.clip / norm)
+    g = {name: leaf * _lift(share, leaf) for name, leaf in g.items()}
+  if rule.first_order: g = jax.lax.stop_gradient(g)
+  return {name: jnp.where(_lift(write, leaf), leaf, 0) for name, leaf in g.items()}
+
+
+def _update(rule, home, stack, g, *, gates):
+  """(W, S1, S2) after one token, from the equations as they are written."""
+  theta, eta, alpha = (_lift(a, g) for a in (gates.theta, gates.eta, gates.alpha))
+  w, momenta = stack[:, :, 0], [stack[:, :, n] for n in range(1, stack.shape[2])]
+  if rule.momentum == 'none': step, new = -theta * g, []
+  else:
+    s = eta * momenta[0] - theta * g
+    step, new = s, [s]
+    if rule.momentum == 'nesterov': step = eta * s - theta * g
+    if rule.momentum == 'second':
+      s2 = _lift(gates.eta2, g) * momenta[1] + s
+      c0, c1, c2 = (_lift(c, g) for c in gates.mix)
+      step, new = -c0 * theta * g + c1 * s + c2 * s2, [s, s2]
+  home = 0 if rule.decay_to == 'zero' else home
+  kept = home + (1 - alpha) * (w - home)
+  stacked = jnp.stack([kept + step, *new], 2)
+  return jnp.where(_lift(gates.write, stacked), stacked, stack)

@@ -1,0 +1,119 @@
+"""The scan of a neural memory over chunks, and over pieces of text: what one chunk does, with rematerialisation by groups."""
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from memjax.ops.neural import Rule, Tokens, Weights, commit, factors, find_factors, read_anchor, read_tokens
+from memjax.ops.neural_steps import Coefficients, Gates, coefficients
+
+
+class Chunk(NamedTuple):
+  """One chunk: queries [B, H, C, K], writes, coefficients; is it complete (its writes are committed), does a document start with
+  it, [B]."""
+  query: jax.Array
+  tokens: Tokens
+  coefficients: Coefficients
+  full: jax.Array
+  fresh: jax.Array
+
+
+class Told(NamedTuple):
+  """Of each token [..., B, H, C]: inner loss before its write, norm of its gradient, share of it that the clip left."""
+  loss: jax.Array
+  norm: jax.Array
+  kept: jax.Array
+
+
+def where_rows(mask_B: jax.Array, new: Any, old: Any) -> Any:
+  """`new` in the rows where the mask holds, `old` elsewhere."""
+  return jax.tree.map(lambda n, o: jnp.where(mask_B.reshape(-1, *(1,) * (n.ndim - 1)), n, o), new, old)
+
+
+def _emptied(chunk, memory):
+  return where_rows(chunk.fresh, jax.tree.map(jnp.zeros_like, memory), memory)
+
+
+def token_chunk(rule: Rule, start: Weights, memory: dict, chunk: Chunk) -> tuple[dict, tuple]:
+  """(memory, (y, told)) of a chunk whose tokens read the exact W_t; only a complete chunk moves the memory."""
+  memory = _emptied(chunk, memory)
+  found = find_factors(rule, start, memory, chunk.tokens, coefficients=chunk.coefficients)
+  y = read_tokens(rule, start, memory, chunk.query, found=found, coefficients=chunk.coefficients)
+  new = commit(rule, start, memory, found=found, coefficients=chunk.coefficients)
+  return where_rows(chunk.full, new, memory), (y.astype(chunk.query.dtype), Told(found.loss, found.norm, found.kept))
+
+
+def block_chunk(rule: Rule, start: Weights, memory: tuple[dict, dict], chunk: Chunk) -> tuple[tuple, tuple]:
+  """((anchor, memory), (y, told)) of a chunk whose tokens read and learn at the anchor, which moves when the chunk is complete."""
+  fixed, memory = _emptied(chunk, memory)
+  at = lambda leaf: leaf[:, :, None]
+  y = read_anchor(rule, start, jax.tree.map(at, fixed), chunk.query)
+  weights = {name: start.fast[name] + leaf for name, leaf in fixed.items()}
+  found = factors(rule, weights, start.slow, chunk.tokens)
+  new = commit(rule, start, memory, found=found, coefficients=chunk.coefficients)
+  fixed = where_rows(chunk.full, {name: leaf[:, :, 0] for name, leaf in new.items()}, fixed)
+  return (fixed, new), (y.astype(chunk.query.dtype), Told(found.loss, found.norm, found.kept))
+
+
+def group_size(count: int, group: int = 0) -> int:
+  """Chunks recomputed together: `group`, or near sqrt(count) with the least padding."""
+  if group: return min(group, count)
+  root = math.sqrt(count)
+  near = [size for size in range(1, count + 1) if root / 1.5 <= size <= root * 1.5] or [1]
+  return min(near, key=lambda size: (-(-count // size) * size - count, abs(math.log(size / root))))
+
+
+def scan_chunks(rule: Rule, start: Weights, memory: Any, chunks: Chunk, *, group: int = 0, unroll: int = 1) -> tuple[Any, tuple]:
+  """(memory, (y [N, B, H, C, V], told)) of N chunks, leaves leading with N.
+
+  Groups of chunks are recomputed in the backward pass, so that memories are kept between groups only; `group` 0 = automatic, -1 =
+  keep everything. Chunks added to fill the last group are not complete and change nothing.
+  """
+  body = lambda memory, chunk: (block_chunk if rule.mode == 'block' else token_chunk)(rule, start, memory, chunk)
+  count = chunks.full.shape[0]
+  if group < 0: return jax.lax.scan(body, memory, chunks, unroll=unroll)
+  size = group_size(count, group)
+  padded = -(-count // size) * size
+  fill = lambda a: jnp.pad(a, [(0, padded - count)] + [(0, 0)] * (a.ndim - 1))
+  turn = fill(chunks.coefficients.turn)
+  if padded > count: turn = turn.at[count:].add(jnp.eye(rule.levels, dtype=turn.dtype).reshape((1,) * (turn.ndim - 2) + (rule.levels,) * 2))
+  chunks = jax.tree.map(fill, chunks)
+  chunks = chunks._replace(coefficients=chunks.coefficients._replace(turn=turn))
+  cut = jax.tree.map(lambda a: a.reshape(padded // size, size, *a.shape[1:]), chunks)
+  piece = jax.checkpoint(lambda memory, chunks: jax.lax.scan(body, memory, chunks, unroll=unroll), prevent_cse=False)
+  memory, out = jax.lax.scan(piece, memory, cut)
+  return memory, jax.tree.map(lambda a: a.reshape(padded, *a.shape[2:])[:count], out)
+
+
+def mix(rule: Rule, start: Weights, memory: dict, tokens: tuple, *, gates: Gates, chunk: int, window: int = 1, group: int = 0,
+        unroll: int = 1) -> tuple[dict, jax.Array]:
+  """(memory, y [B, H, L, V]) of L tokens that start at a chunk's start: `neural_reference.reference` in chunks.
+
+  The last chunk may be shorter; its writes count in the memory returned. Arguments as in `reference` and `scan_chunks`.
+  """
+  length = tokens[0].shape[2]
+  count = -(-length // chunk)
+  def cut(a):
+    a = jnp.pad(a, [(0, 0)] * 2 + [(0, count * chunk - length)] + [(0, 0)] * (a.ndim - 3))
+    return jnp.moveaxis(a.reshape(*a.shape[:2], count, chunk, *a.shape[3:]), 2, 0)
+  gates = jax.tree.map(cut, gates)
+  found, weight = coefficients(rule.momentum, gates, inside=rule.mode != 'block', window=window)
+  query, key, value = map(cut, tokens)
+  key, value, weight = (with_halo(a, window) for a in (key, value, weight))
+  B = query.shape[1]
+  chunks = Chunk(query, Tokens(key, value, weight, 1 - gates.alpha), found, jnp.ones((count, B), bool), jnp.zeros((count, B), bool))
+  if rule.mode == 'block': memory = ({name: leaf[:, :, 0] for name, leaf in memory.items()}, memory)
+  memory, (y, _) = scan_chunks(rule, start, memory, chunks, group=group, unroll=unroll)
+  if rule.mode == 'block': memory = memory[1]
+  y = jnp.moveaxis(y, 0, 2)
+  return memory, y.reshape(*y.shape[:2], count * chunk, -1)[:, :, :length]
+
+
+def with_halo(a: jax.Array, window: int) -> jax.Array:
+  """Chunks [N, B, H, C, ...] led by the last window - 1 entries of the chunks before them (zeros before the first)."""
+  if window == 1: return a
+  N, C, size = a.shape[0], a.shape[3], window - 1
+  back = -(-size // C)
+  earlier = [jnp.pad(a, [(n, 0)] + [(0, 0)] * (a.ndim - 1))[:N] for n in range(back, 0, -1)]
+  return jnp.concatenate([jnp.concatenate(earlier, 3)[:, :, :, back * C - size:], a], 3)

@@ -1,0 +1,157 @@
+"""The inner optimiser of a neural memory as one linear recurrence, and its coefficients over a chunk of tokens.
+
+A token turns the stack M = (W, S1, S2) of weights and momenta and pushes its gradient g into it:
+
+    M_t = turn_t M_{t-1} - push_t g_t            turn [Q, Q], push [Q], functions of the token's gates alone
+
+so that inside a chunk that starts from M_0, with products of turns alone,
+
+    W_t = sum_q reach[q, t] M_0[q] - sum_i weigh[t, i] g_i          M_C = turn M_0 - sum_i push[:, i] g_i
+
+No quotient and no logarithm: gates of exactly 0 and 1 have the right values and gradients. Step sizes are part of g.
+Sparse matrices are dictionaries {(row, column): array}, missing entries zero.
+"""
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+MOMENTA = ('none', 'first', 'nesterov', 'second')
+
+
+class Steps(NamedTuple):
+  """One linear step for each token: entries of `turn` and `push`, arrays of any equal shape."""
+  turn: dict
+  push: list
+
+
+class Gates(NamedTuple):
+  """Of each token: step size, momentum and forgetting in [0, 1], whether it writes; for order 2 also the second momentum and the
+  mixture (c0, c1, c2). Arrays of any equal shape, tokens last."""
+  theta: jax.Array
+  eta: jax.Array
+  alpha: jax.Array
+  write: jax.Array
+  eta2: jax.Array | None = None
+  mix: tuple | None = None
+
+
+class Coefficients(NamedTuple):
+  """Of a chunk: weigh [..., C, C], reach [..., Q, C], and what the whole chunk does: turn [..., Q, Q], push [..., Q, C]. Only
+  token reads need `weigh`."""
+  weigh: jax.Array | None
+  reach: jax.Array
+  turn: jax.Array
+  push: jax.Array
+
+
+def levels(momentum: str) -> int:
+  """Q, tensors kept for each fast tensor: the weights and the momenta."""
+  return {'none': 1, 'first': 2, 'nesterov': 2, 'second': 3}[momentum]
+
+
+def steps(momentum: str, gates: Gates) -> Steps:
+  """The step of each token; where it does not write nothing changes.
+
+  none: W <- (1 - alpha) W - g. first: S <- eta S - g, W <- (1 - alpha) W + S. nesterov: W adds eta S - g instead of S. second:
+  S1 <- eta S1 - g, S2 <- eta2 S2 + S1, W adds -c0 g + c1 S1 + c2 S2. (g with its step size.)
+  """
+  keep, eta, eta2 = 1 - gates.alpha, gates.eta, gates.eta2
+  one, zero = jnp.ones_like(keep), jnp.zeros_like(keep)
+  if momentum == 'none': turn, push = {(0, 0): keep}, [one]
+  elif momentum == 'first': turn, push = {(0, 0): keep, (0, 1): eta, (1, 1): eta}, [one, one]
+  elif momentum == 'nesterov': turn, push = {(0, 0): keep, (0, 1): eta * eta, (1, 1): eta}, [1 + eta, one]
+  else:
+    c0, c1, c2 = gates.mix
+    turn = {(0, 0): keep, (0, 1): (c1 + c2) * eta, (0, 2): c2 * eta2, (1, 1): eta, (2, 1): eta, (2, 2): eta2}
+    push = [c0 + c1 + c2, one, one]
+  still = lambda at: one if at[0] == at[1] else zero
+  return Steps({at: jnp.where(gates.write, a, still(at)) for at, a in turn.items()}, [jnp.where(gates.write, a, zero) for a in push])
+
+
+def product(a: dict, b: dict) -> dict:
+  """The matrix product of two sparse matrices."""
+  out = {}
+  for (row, inner), x in a.items():
+    for (other, column), y in b.items():
+      if inner == other: out[row, column] = out[row, column] + x * y if (row, column) in out else x * y
+  return out
+
+
+def dense(entries: dict, size: int) -> jax.Array:
+  """The matrices [..., Q, Q] with these entries."""
+  zero = jnp.zeros_like(entries[0, 0])
+  return jnp.stack([jnp.stack([entries.get((row, column), zero) for column in range(size)], -1) for row in range(size)], -2)
+
+
+def unroll(given: Steps, *, inside: bool = True) -> Coefficients:
+  """Coefficients of the chunks on the last axis (C tokens), by doubling: two neighbouring pieces join by one outer product.
+
+  log2(C) elementwise levels whose largest array is the result. Without `inside` only what whole chunks do, O(C log C).
+  """
+  C, size = given.push[0].shape[-1], len(given.push)
+  padded = 1 << (C - 1).bit_length()
+  def pad(a, value): return jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, padded - C)], constant_values=value)[..., None]
+  turn = {at: pad(a, float(at[0] == at[1])) for at, a in given.turn.items()}            # [..., pieces, tokens of a piece]
+  push = [pad(a, 0.0) for a in given.push]
+  weigh = push[0][..., None] if inside else None                                         # [..., pieces, tokens, tokens]
+  while push[0].shape[-1] < padded: turn, push, weigh = _join(turn, push, weigh)
+  whole = lambda a: a[..., 0, :C]
+  reach = [whole(turn[0, q]) if (0, q) in turn else jnp.zeros_like(given.push[0]) for q in range(size)]
+  return Coefficients(weigh[..., 0, :C, :C] if inside else None, jnp.stack(reach, -2),
+                      dense({at: a[..., 0, -1] for at, a in turn.items()}, size), jnp.stack([whole(a) for a in push], -2))
+
+
+def _join(turn, push, weigh):
+  """Pieces of twice the length."""
+  first, second = (lambda a: a[..., 0::2, :]), (lambda a: a[..., 1::2, :])
+  odd, even = {at: second(a) for at, a in turn.items()}, {at: first(a) for at, a in turn.items()}
+  end1, end2 = ({at: a[..., -1:] for at, a in half.items()} for half in (even, odd))
+  push1, push2 = [first(a) for a in push], [second(a) for a in push]
+  carried = [sum(end2[row, q] * push1[q] for q in range(len(push)) if (row, q) in end2) for row in range(len(push))]
+  moved = product(odd, end1)
+  turn = {at: jnp.concatenate([even[at], moved[at]], -1) for at in turn}
+  push = [jnp.concatenate(pair, -1) for pair in zip(carried, push2, strict=True)]
+  if weigh is None: return turn, push, None
+  cross = sum(odd[0, q][..., :, None] * push1[q][..., None, :] for q in range(len(push)) if (0, q) in odd)
+  weigh1, weigh2 = weigh[..., 0::2, :, :], weigh[..., 1::2, :, :]
+  upper, lower = jnp.concatenate([weigh1, jnp.zeros_like(weigh1)], -1), jnp.concatenate([cross, weigh2], -1)
+  return turn, push, jnp.concatenate([upper, lower], -2)
+
+
+def advance(given: Steps, turn: jax.Array, push: jax.Array, at: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """(turn [..., Q, Q], push [..., Q, C]) of a chunk after one more token, which takes the slot where `at` [..., C] is 1.
+
+  The row form of `unroll`: row 0 of the two are `reach` and `weigh` of that token. Entries of `given` have shape [...].
+  """
+  size = len(given.push)
+  one = dense(given.turn, size)
+  multiply = lambda a, b: jnp.sum(a[..., :, :, None] * b[..., None, :, :], -2)
+  return multiply(one, turn), multiply(one, push) + jnp.stack(given.push, -1)[..., None] * at[..., None, :]
+
+
+def windowed(given: Coefficients, theta: jax.Array, window: int) -> Coefficients:
+  """Coefficients of the omega rule: the step at t follows theta_t times the sum of the last `window` gradients.
+
+  theta [..., C]. Columns cover window - 1 tokens before the chunk, then its own: [..., C, window - 1 + C].
+  """
+  C = theta.shape[-1]
+  t, i = jnp.arange(C)[:, None], jnp.arange(1 - window, C)[None]
+  band = ((i <= t) & (i > t - window)).astype(theta.dtype)
+  spread = lambda a: a if a is None else jnp.einsum('...t,ti->...i', a * theta[..., None, :], band, precision='highest')
+  return given._replace(weigh=spread(given.weigh), push=spread(given.push))
+
+
+def coefficients(momentum: str, gates: Gates, *, inside: bool = True, window: int = 1) -> tuple[Coefficients, jax.Array]:
+  """(coefficients of the chunks on the last axis, weight of each token's gradient): the weight is theta, or 1 for the omega rule."""
+  found = unroll(steps(momentum, gates), inside=inside)
+  theta = jnp.where(gates.write, gates.theta, 0)
+  if window == 1: return found, theta
+  return windowed(found, theta, window), jnp.where(gates.write, jnp.ones_like(theta), 0)
+
+
+def read_before(given: Coefficients) -> Coefficients:
+  """The same with reads of W_{t-1} instead of W_t."""
+  first = jnp.zeros_like(given.reach[..., :1]).at[..., 0, :].set(1)
+  return given._replace(reach=jnp.concatenate([first, given.reach[..., :-1]], -1),
+                        weigh=jnp.concatenate([jnp.zeros_like(given.weigh[..., :1, :]), given.weigh[..., :-1, :]], -2))
