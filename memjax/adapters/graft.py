@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 import memjax
 from memjax.adapters.gguf_model import GgufModel
 from memjax.adapters.pretrained import Tensors, load_params, open_pretrained, read_json
+from memjax.adapters.quantized import QuantizedTensors, is_quantized, packed
 from memjax.adapters.safetensors import SafeTensors, write_safetensors
 from memjax.config.codec import freeze, leaves, to_json
 from memjax.config.errors import ConfigError, UserError, refuse, shown
@@ -30,7 +31,8 @@ from memjax.models.decoder import build_decoder, init_params, param_shapes, shar
 
 PARTS = ('prefix', 'repeats', 'suffix')
 FILE, DESCRIPTION, VERSION = 'memory_adapter.safetensors', 'memory_config.json', 1
-FREE = ('dtype', 'block.dropout', 'block.init_std', 'block.mixer_out_std', 'block.mlp_out_std', 'block.lora', 'embedding.std')
+FREE = ('dtype', 'block.dropout', 'block.init_std', 'block.mixer_out_std', 'block.mlp_out_std', 'block.lora', 'block.quant',
+        'embedding.std')
 LAYOUT = ('prefix', 'pattern', 'repeats', 'suffix')      # and FREE: fields in which equal hosts may differ
 SAMPLES = 64                           # numbers of each array of the host that its fingerprint looks at
 
@@ -135,7 +137,10 @@ def _gather(params: Mapping[str, Any], origins: list[Home], is_scanned: bool) ->
 
 
 def open_host(path: str, *, dtype: str = 'float32') -> tuple[ModelConfig, Tensors]:
-  """(config, tensors) of the checkpoint in a Hugging Face folder or in a GGUF file; no tensor is moved yet."""
+  """(config, tensors) of the checkpoint in a Hugging Face folder, a quantised one or a GGUF file; no tensor is moved yet."""
+  if is_quantized(path):
+    tensors = QuantizedTensors(path, dtype=dtype)
+    return tensors.config, tensors
   if os.path.isdir(path): return open_pretrained(path, dtype=dtype)
   file = GgufModel(path)
   return file.config(dtype), file
@@ -144,11 +149,12 @@ def open_host(path: str, *, dtype: str = 'float32') -> tuple[ModelConfig, Tensor
 def load_host(config: ModelConfig, path: str, *, mesh: Mesh | None = None) -> dict[str, Any]:
   """The parameters of the checkpoint at `path`, laid out as the grafted `config`; the memories' are not in the tree.
 
+  Kernels that the config stores in fewer bits are packed as they are read, unless they are packed in the folder.
   Raises UserError for a checkpoint that cannot be read, and for one of another config than the host's.
   """
   found, tensors = open_host(path)
   if name := _difference(found, host_of(config)): raise UserError(f'{path} is not the host of this config: they differ in {name}')
-  return load_params(config, tensors, mesh=mesh)
+  return load_params(config, packed(tensors, config), mesh=mesh)
 
 
 def _facts(config: ModelConfig) -> dict[str, Any]:
@@ -205,7 +211,9 @@ def load_adapter(folder: str, host_config: ModelConfig, host_params: Mapping[str
   tree = read_json(path)
   if tree.get('version') != VERSION: raise UserError(f'{path} is not the description of a memory adapter of version {VERSION}')
   try:
-    config = dataclasses.replace(freeze(tree.get('model'), path='model', cls=ModelConfig), dtype=host_config.dtype)
+    config = freeze(tree.get('model'), path='model', cls=ModelConfig)
+    block = dataclasses.replace(config.block, quant=host_config.block.quant)
+    config = dataclasses.replace(config, dtype=host_config.dtype, block=block)
   except ConfigError as error:
     raise UserError(f'{path}: {error}') from None
   if name := _difference(host_config, host_of(config)): raise UserError(f'{path} belongs to another host: they differ in {name}')

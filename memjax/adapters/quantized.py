@@ -82,11 +82,6 @@ def _measured(x_ExD: jax.Array, storage: str) -> tuple[Quantized, jax.Array]:
   return stored, jnp.linalg.norm(dequantize(stored) - wide) / jnp.maximum(jnp.linalg.norm(wide), 1e-30)
 
 
-def packed(tensors: Tensors, config: ModelConfig) -> Tensors:
-  """The tensors of a float checkpoint as `config` stores them; the same object where it stores none as integers."""
-  return PackedTensors(tensors, config) if config.block.quant.storage in PACKED else tensors
-
-
 class QuantizedTensors:
   """The tensors of a quantised folder for `load_params`; `config` is the model that they are of, computed in `dtype`.
 
@@ -137,6 +132,16 @@ def _described(path: str, dtype: str) -> ModelConfig:
 def _table(value: Any, path: str) -> dict:
   if not isinstance(value, dict): raise UserError(f'{path}: model is no table: {shown(value)}')
   return value
+
+
+def packed(tensors: Tensors, config: ModelConfig) -> Tensors:
+  """The tensors of a checkpoint as `config` stores them; the same object where nothing is to be done.
+
+  Raises UserError for tensors that are packed already, in another way.
+  """
+  if not isinstance(tensors, QuantizedTensors): return PackedTensors(tensors, config) if config.block.quant.storage in PACKED else tensors
+  if tensors.config.block.quant == config.block.quant: return tensors
+  raise UserError(f'{tensors.folder} is stored as {tensors.config.block.quant.storage}; config.model.block.quant must say what it says')
 
 
 def is_quantized(folder: str) -> bool:

@@ -14,7 +14,7 @@ SHARINGS = ('shared', 'per_layer', 'every_k_layers')
 VARIANTS = ('A', 'B')
 ATTENTION, BANK = 'attention', 'bank'
 TABLE = r'(^bank_\w+|/bank)/(entries|mix|values)\w*$'     # parameters of tables, those of a layer and those that layers share
-CHANGES = '/lora_[ab]$'
+CHANGES = '/lora_[abm]$'
 
 
 def _choose(name: str, value: str, choices: tuple[str, ...]) -> None:

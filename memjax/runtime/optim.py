@@ -1,7 +1,7 @@
 """AdamW per group of parameters: ordered rules on paths, a schedule, clipping and weight decay inside each group."""
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +11,7 @@ import optax
 from memjax.config.errors import UserError
 from memjax.config.schema import GroupConfig, OptimizerConfig
 from memjax.layers.tree import named, unnamed
+from memjax.models.decoder import stored_kernels
 from memjax.runtime.balance import is_bias
 
 Flat = dict[str, jax.Array]
@@ -77,10 +78,11 @@ def make_optimizer(config: OptimizerConfig, params: Any, steps: int, *, axes: An
   `axes`, the tree of axis names, tells vectors stacked over layers from matrices: vectors never decay.
 
   Groups with rate 0 are frozen: split off before the gradient, no optimiser state, not counted by any clip.
-  Raises UserError as `assign_groups` does, and if nothing is left to train.
+  Raises UserError as `assign_groups` does, for kernels in fewer bits that are to be trained, and if nothing is left to train.
   """
   flat = named(params)
   groups = assign_groups(config, list(flat))
+  _check_stored(config, groups, flat)
   frozen = frozenset(path for path, group in groups.items() if config.groups[group].rate == 0 or is_bias(path))
   if len(frozen) == len(flat): raise UserError('optimizer.groups: every rate is 0, there is nothing to train')
   live = {path: group for path, group in groups.items() if path not in frozen}
@@ -94,6 +96,15 @@ def make_optimizer(config: OptimizerConfig, params: Any, steps: int, *, axes: An
     clip = [optax.clip_by_global_norm(group.clip)] if group.clip else []
     transforms[name] = optax.chain(*clip, _used_rows(adam) if group.sparse else adam)
   return Optimizer(optax.partition(transforms, live), groups, frozen)
+
+
+def _check_stored(config: OptimizerConfig, groups: Mapping[str, str], flat: Flat) -> None:
+  """Raises UserError for a group with a rate that holds a kernel in fewer bits, which is read alone."""
+  for path in stored_kernels(flat):
+    for leaf in (path, f'{path}_codes', f'{path}_scale'):
+      if leaf in groups and config.groups[groups[leaf]].rate:
+        raise UserError(f'optimizer.groups.{groups[leaf]} trains {path}, which model.block.quant stores in fewer bits and which cannot be '
+                        'trained; set its rate to 0')
 
 
 def _used_rows(inner: optax.GradientTransformation) -> optax.GradientTransformation:
