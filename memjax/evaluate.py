@@ -56,7 +56,7 @@ def main(config, values) -> None:
   tokens = read_tokens(found, values['split'], values['text'])
   cut = {'context': evaluation.context, 'stream': evaluation.stream, 'length': evaluation.length, 'batch': evaluation.batch}
   totals = evaluate_tokens(found.model, found.params, eval_batches(tokens, **cut), stream=evaluation.stream)
-  result = {**scores(totals, tokens.bytes / len(tokens)), 'bytes': tokens.bytes, 'split': tokens.split, 'step': found.step,
+  result = {**scores(totals, tokens.bytes_per_token), 'bytes': tokens.bytes, 'split': tokens.split, 'step': found.step,
             'config': found.name, 'name': found.config.name, 'corpus': tokens.name,
             'token': UNITS.get(found.tokenizer.name, 'subword'), 'workdir': found.workdir, **cut, **run_tags(found.model.config),
             **({'quantize': values['quantize']} if values['quantize'] else {})}

@@ -79,7 +79,7 @@ def start(parts: Parts, workdir: str, values: dict, identity: dict):
   if values['resume_from']: return _continue(parts, values['resume_from'], identity), Early()
   if not values['init_from']: return first_state(parts), Early()
   given = named(_read(parts, values['init_from']))
-  return init_state(parts.model, parts.optimizer, parts.config, parts.abstract, given), Early()
+  return init_state(parts.model, parts.optimizer, parts.config, parts.abstract, given=given), Early()
 
 
 def first_state(parts: Parts):
@@ -92,7 +92,7 @@ def first_state(parts: Parts):
     host = named(load_host(config.model, config.training.host, mesh=parts.mesh))
     fresh = len(named(abstract.params)) - len(host)
     logger.info('parameters of %s; %d arrays of memories and low-rank changes are new', config.training.host, fresh)
-  return init_state(parts.model, parts.optimizer, config, abstract, host)
+  return init_state(parts.model, parts.optimizer, config, abstract, given=host)
 
 
 def _continue(parts: Parts, source: str, identity: dict):

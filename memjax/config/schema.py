@@ -141,7 +141,8 @@ class DataConfig:
   hub: str = option('', "dataset of source hub, as 'owner/name[:configuration]'")
   column: str = option('text', 'text column of source hub and of .jsonl files')
   separator: str = option('\n\n\n', "border between documents; '' = one document a file; 'wikitext' = article headings")
-  order: str = option('shuffle', 'shuffled windows, or one contiguous lane per row', choices=('shuffle', 'lanes'))
+  order: str = option('shuffle', 'shuffled windows, one contiguous lane per row, or whole documents packed into rows',
+                      choices=('shuffle', 'lanes', 'packed'))
   tokenizer: TokenizerConfig = option(TokenizerConfig(), 'tokens')
   cache: str = option('', "folder of token files; '' = the user's cache folder")
 

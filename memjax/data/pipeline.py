@@ -3,6 +3,7 @@
 The targets are the tokens t_0 .. t_{N-1} of a split. The input for a target is the token before it, and `bos` where the
 target is the first of its document; so every document looks like bos d_0 d_1 ... whatever stands before it in its row.
 `position` counts from 0 at that bos, and at the start of a row that begins inside a document: memories are empty there.
+In order 'packed' (and for conversations, of which only some targets have a weight) rows hold whole documents: `packing`.
 """
 import hashlib
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ import numpy as np
 
 from memjax.config.errors import UserError
 from memjax.config.schema import Config
+from memjax.data.packing import Plan, plan_rows, row_indices
 from memjax.data.tokens import Tokens
 
 Batch = dict[str, np.ndarray]
@@ -61,6 +63,11 @@ def train_dataset(tokens: Tokens, config: Config, process_index: int = 0, proces
     need(tokens, batch * length, f'{batch} lanes of at least {length}')
     steps = grain.MapDataset.range(1).repeat()
     return steps.map_with_index(lambda step, _: weighted(lanes(tokens, step, block_B, (batch, length))))
+  if config.data.order == 'packed':
+    plan = plan_rows(tokens, length)
+    order = grain.MapDataset.range(plan.rows).seed(config.seed).shuffle().repeat()
+    blocks = order.batch(rows, drop_remainder=True)[process_index::process_count]
+    return blocks.map(lambda row_B: packed(tokens, plan, row_B))
   need(tokens, length, f'one row of {length}')
   windows = len(tokens) // length
 
@@ -80,7 +87,8 @@ def train_batches(tokens: Tokens, config: Config, start_step: int = 0, *, proces
 
   {'token', 'target', 'position'} int32 and 'weight' bool (all True), each [B / process_count, L]. Order 'shuffle'
   covers the split once an epoch in windows of L whose offsets differ from epoch to epoch. In order 'lanes' row b reads
-  the b-th of B equal parts on and on. UserError for too few tokens or rows that do not divide over the processes.
+  the b-th of B equal parts on and on. Order 'packed' covers the documents once an epoch, in rows of whole ones; 'mask' is where
+  there is a token, 'weight' where it is a target. UserError for too few tokens or rows that do not divide over the processes.
   """
   import grain
 
@@ -88,6 +96,19 @@ def train_batches(tokens: Tokens, config: Config, start_step: int = 0, *, proces
   iterator = iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=16)))
   iterator.set_state({'next_index': start_step})
   return iterator
+
+
+def packed(tokens: Tokens, plan: Plan, row_B: np.ndarray, bos: int | None = None) -> Batch:
+  """Rows of a plan, padding masked, with the weights of the tokens."""
+  index_BxL, first_BxL, mask_BxL = row_indices(plan, row_B)
+  bos = tokens.bos if bos is None else bos
+  weight_BxL = mask_BxL if tokens.weight_N is None else mask_BxL & tokens.weight_N[index_BxL]
+  return {**blank(gather(tokens, index_BxL, first_BxL, bos), mask_BxL, bos), 'mask': mask_BxL, 'weight': weight_BxL}
+
+
+def blank(batch: Batch, mask_BxL: np.ndarray, bos: int) -> Batch:
+  """The batch with nothing but zeros, and bos as its input, where there is no token."""
+  return {name: np.where(mask_BxL, array, np.int32(bos if name == 'token' else 0)) for name, array in batch.items()}
 
 
 def weighted(batch: Batch) -> Batch:
@@ -115,7 +136,8 @@ def eval_batches(tokens: Tokens, *, batch: int, length: int, context: int = 0, s
   As training batches, with 'mask' (there is a token) and 'weight' (it is scored here). Sliding: rows start every
   length - context tokens and score all but their first `context` targets, the first row all. Stream: row b reads the
   b-th of `batch` equal parts from batch to batch, its state carried by the caller, and nothing is read twice. Padding
-  is masked, and every process gets equally many batches. `bos` is that of the tokenizer unless given. UserError for
+  is masked, and every process gets equally many batches. Conversations are packed whole, and their weights say what is scored:
+  no more than their first `length` targets. `bos` is that of the tokenizer unless given. UserError for
   a context that fills the row, or rows that do not divide over the processes.
   """
   if context and stream: raise UserError('context does not apply to a stream, which carries the memory instead')
@@ -123,13 +145,19 @@ def eval_batches(tokens: Tokens, *, batch: int, length: int, context: int = 0, s
     raise UserError(f'a context of {context} tokens leaves nothing to score in rows of {length}')
   rows = split_rows(batch, process_count)
   block = slice(process_index * rows, (process_index + 1) * rows)
-  parts = _stream_rows(tokens, batch, length) if stream else _sliding_rows(tokens, batch, length, context)
   bos = tokens.bos if bos is None else bos
+  if tokens.weight_N is not None:
+    if context or stream: raise UserError('conversations are scored whole: neither a context nor a stream applies to them')
+    plan = plan_rows(tokens, length)
+    starts = range(block.start, plan.rows + block.start, batch)
+    return (packed(tokens, plan, np.arange(start, start + rows), bos) for start in starts)
+  parts = _stream_rows(tokens, batch, length) if stream else _sliding_rows(tokens, batch, length, context)
   return (_padded(tokens, bos, *(part[block] for part in arrays)) for arrays in parts)
 
 
 def eval_count(tokens: Tokens, *, batch: int, length: int, context: int = 0, stream: bool = False) -> int:
   """Number of batches that `eval_batches` yields."""
+  if tokens.weight_N is not None: return _ceil(plan_rows(tokens, length).rows, batch)
   if stream: return _ceil(_ceil(len(tokens), batch), length)
   return _ceil(_windows(len(tokens), length, context), batch)
 
@@ -167,6 +195,4 @@ def _padded(tokens: Tokens, bos: int, index_BxL: np.ndarray, *bounds: np.ndarray
   first_BxL, scored_BxL, end_BxL = (np.broadcast_to(bound_B[:, None], index_BxL.shape) for bound_B in bounds)
   mask_BxL = index_BxL < end_BxL
   batch = gather(tokens, np.minimum(index_BxL, len(tokens) - 1), first_BxL, bos)
-  blank = {'token': bos, 'target': 0, 'position': 0}
-  batch = {name: np.where(mask_BxL, array, np.int32(blank[name])) for name, array in batch.items()}
-  return {**batch, 'mask': mask_BxL, 'weight': mask_BxL & (index_BxL >= scored_BxL)}
+  return {**blank(batch, mask_BxL, bos), 'mask': mask_BxL, 'weight': mask_BxL & (index_BxL >= scored_BxL)}

@@ -7,6 +7,7 @@ import os
 import pathlib
 import tempfile
 import zlib
+from typing import Protocol
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from memjax.data.tokenizers import Tokenizer, write_atomic
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 DTYPES = (np.uint8, np.uint16, np.uint32)
 
 
@@ -26,13 +27,15 @@ class Tokens:
   """The tokens of a split in one row, and where its documents start."""
   token_N: np.ndarray    # uint8, uint16 or uint32; memory-mapped where it comes from `tokenize_split`
   starts: np.ndarray     # int64, sorted, the first is 0
-  bytes: int             # UTF-8 bytes of the text
+  bytes: int             # UTF-8 bytes of the text that is scored
   fingerprint: str       # of the tokenizer
   vocabulary: int
   bos: int
   name: str = ''         # of the corpus
   split: str = ''
   sha256: str = ''       # of the text
+  weight_N: np.ndarray | None = None    # bool: which tokens of conversations are trained on and scored; None = all
+  labels: str = ''       # fingerprint of what decided that, '' = plain text
 
   def __len__(self) -> int:
     """Number of tokens."""
@@ -46,7 +49,12 @@ class Tokens:
   def identity(self) -> dict:
     """What a checkpoint must agree with to continue on the same data; JSON."""
     return {'name': self.name, 'split': self.split, 'tokens': len(self), 'sha256': self.sha256,
-            'fingerprint': self.fingerprint}
+            'fingerprint': self.fingerprint, **({'labels': self.labels} if self.labels else {})}
+
+  @property
+  def bytes_per_token(self) -> float:
+    """UTF-8 bytes of the text a scored token."""
+    return self.bytes / (len(self) if self.weight_N is None else max(int(np.count_nonzero(self.weight_N)), 1))
 
 
 def cache_folder(data: DataConfig) -> pathlib.Path:
@@ -60,42 +68,63 @@ def cache_folder(data: DataConfig) -> pathlib.Path:
   return folder
 
 
-def tokenize_split(data: DataConfig, tokenizer: Tokenizer, split: str, corpus: Corpus | None = None) -> Tokens:
+class Labels(Protocol):
+  """Tokens of a document that is no plain text, and which of them are trained on."""
+  fingerprint: str
+
+  def __call__(self, document: str) -> tuple[np.ndarray, np.ndarray, int]:
+    """(tokens, bool weight of each, UTF-8 bytes of the text that is scored)."""
+
+
+def tokenize_split(data: DataConfig, tokenizer: Tokenizer, split: str, corpus: Corpus | None = None, *,
+                   labels: Labels | None = None) -> Tokens:
   """The tokens of a split, from the cache or made and left there.
 
-  `corpus` is the split's text where the caller has it already. A damaged cache is rebuilt with one line in the log. Two
-  processes may do this at once: files appear whole, and both write the same. UserError as `load_corpus`, or for a
-  cache folder that cannot be written.
+  `corpus` is the split's text where the caller has it already; `labels` makes the tokens of conversations. A damaged cache is
+  rebuilt with one line in the log. Two processes may do this at once: files appear whole, and both write the same. UserError as
+  `load_corpus`, or for a cache folder that cannot be written.
   """
   corpus = corpus or load_corpus(data, split)
   borders = np.cumsum([0] + [len(document) for document in corpus.documents], dtype=np.int64)
-  key = json.dumps([VERSION, corpus.sha256, hashlib.sha256(borders.tobytes()).hexdigest(), tokenizer.fingerprint])
+  given = [VERSION, corpus.sha256, hashlib.sha256(borders.tobytes()).hexdigest(), tokenizer.fingerprint]
+  key = json.dumps([*given, labels.fingerprint] if labels else given)
   stem = f'{_plain(corpus.name)}-{corpus.split}-{tokenizer.name}-{hashlib.sha256(key.encode()).hexdigest()[:20]}'
   path = cache_folder(data) / f'{stem}.bin'
   found = _open(path, key)
   if found is None:
-    _build(path, key, corpus, tokenizer)
+    _build(path, key, corpus, tokenizer, labels=labels)
     found = _open(path, key)
     if found is None: raise UserError(f'the token file {path} does not read back as written; check the disk')
-  token_N, starts = found
-  return Tokens(token_N, starts, corpus.bytes, tokenizer.fingerprint, tokenizer.vocabulary, tokenizer.bos,
-                corpus.name, corpus.split, corpus.sha256)
+  record, starts, size = found
+  token_N, weight_N = (record['token'], record['weight']) if labels else (record, None)
+  return Tokens(token_N, starts, size, tokenizer.fingerprint, tokenizer.vocabulary, tokenizer.bos, corpus.name, corpus.split,
+                corpus.sha256, weight_N, labels.fingerprint if labels else '')
 
 
 def _plain(name: str) -> str:
   return ''.join(character if character.isalnum() or character in '-_' else '_' for character in name)[:40]
 
 
-def _build(path: pathlib.Path, key: str, corpus: Corpus, tokenizer: Tokenizer) -> None:
+def _rows(token: str | np.dtype, has_labels: bool) -> np.dtype:
+  """What the file holds a token: the token, and for conversations its weight."""
+  return np.dtype([('token', token), ('weight', np.bool_)]) if has_labels else np.dtype(token)
+
+
+def _build(path: pathlib.Path, key: str, corpus: Corpus, tokenizer: Tokenizer, *, labels: Labels | None) -> None:
   """Writes the tokens, then the sidecar that vouches for them."""
-  dtype = np.dtype(next(d for d in DTYPES if tokenizer.vocabulary - 1 <= np.iinfo(d).max)).newbyteorder('<')
-  starts, count, crc = [], 0, 0
+  token = np.dtype(next(d for d in DTYPES if tokenizer.vocabulary - 1 <= np.iinfo(d).max)).newbyteorder('<')
+  dtype, starts, count, crc, size = _rows(token, labels is not None), [], 0, 0, 0
   try:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'{path.name}.')
     try:
       with os.fdopen(handle, 'wb') as file:
         for document in corpus.documents:
-          raw = tokenizer.encode(document).astype(dtype).tobytes()
+          if labels:
+            token_L, weight_L, scored = labels(document)
+            rows = np.empty(len(token_L), dtype)
+            rows['token'], rows['weight'] = token_L, weight_L
+          else: rows, scored = tokenizer.encode(document).astype(dtype), len(document.encode())
+          raw, size = rows.tobytes(), size + scored
           if not raw: continue    # a document without words
           starts.append(count)
           count, crc = count + len(raw) // dtype.itemsize, zlib.crc32(raw, crc)
@@ -105,8 +134,8 @@ def _build(path: pathlib.Path, key: str, corpus: Corpus, tokenizer: Tokenizer) -
     except BaseException:
       os.unlink(temporary)
       raise
-    record = {'key': key, 'dtype': dtype.str, 'tokens': count, 'crc': crc, 'starts': starts, 'text': corpus.sha256,
-              'vocabulary': tokenizer.fingerprint}
+    record = {'key': key, 'dtype': token.str, 'tokens': count, 'crc': crc, 'starts': starts, 'text': corpus.sha256,
+              'vocabulary': tokenizer.fingerprint, 'bytes': size, 'labels': labels is not None}
     write_atomic(path.with_suffix('.json'), json.dumps({**record, 'hash': _hash(record)}).encode())
   except OSError as error:
     raise UserError(f'cannot write token files in {path.parent} ({error.strerror}); set data.cache') from error
@@ -117,16 +146,17 @@ def _hash(record: dict) -> str:
   return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
-def _open(path: pathlib.Path, key: str) -> tuple[np.ndarray, np.ndarray] | None:
-  """Tokens and starts; None where there are none, or none that are whole (which is said in the log)."""
+def _open(path: pathlib.Path, key: str) -> tuple[np.ndarray, np.ndarray, int] | None:
+  """(rows of the file, starts, bytes of the text that is scored); None where there are none, or none that are whole, which is said
+  in the log."""
   try:
     record = json.loads(path.with_suffix('.json').read_bytes())
     stated = record.pop('hash')
     if stated != _hash(record) or record['key'] != key: raise ValueError('its sidecar is damaged')
-    token_N = np.memmap(path, np.dtype(record['dtype']), 'r')
-    if len(token_N) != record['tokens']: raise ValueError(f'{len(token_N)} tokens, not {record["tokens"]}')
-    if zlib.crc32(token_N) != record['crc']: raise ValueError('its tokens were changed')
-    return token_N, np.array(record['starts'], np.int64)
+    rows = np.memmap(path, _rows(record['dtype'], record['labels']), 'r')
+    if len(rows) != record['tokens']: raise ValueError(f'{len(rows)} tokens, not {record["tokens"]}')
+    if zlib.crc32(rows.view(np.uint8)) != record['crc']: raise ValueError('its tokens were changed')
+    return rows, np.array(record['starts'], np.int64), record['bytes']
   except FileNotFoundError:
     return None
   except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -65,5 +65,5 @@ def make_scorer(model: Any, config: Config, mesh: Mesh | None = None) -> Callabl
     batches = eval_batches(tokens, batch=e.batch, length=e.length or config.training.length, context=e.context,
                            stream=e.stream, process_index=jax.process_index(), process_count=jax.process_count())
     totals = evaluate(params, itertools.islice(batches, limit or None))
-    return scores(totals, tokens.bytes / len(tokens))
+    return scores(totals, tokens.bytes_per_token)
   return score

@@ -71,7 +71,7 @@ def abstract_state(model: Any, optimizer: optim.Optimizer, config: Config, mesh:
   return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places)
 
 
-def init_state(model: Any, optimizer: optim.Optimizer, config: Config, abstract: TrainState,
+def init_state(model: Any, optimizer: optim.Optimizer, config: Config, abstract: TrainState, *,
                given: Mapping[str, jax.Array] | None = None) -> TrainState:
   """The state before the first step, made in place by the shardings of `abstract`.
 
