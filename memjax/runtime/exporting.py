@@ -14,6 +14,7 @@ from memjax.config.errors import UserError
 from memjax.config.lora import LoraConfig, rank_of
 from memjax.config.schema import ModelConfig
 from memjax.layers.tree import named
+from memjax.runtime.optim import make_optimizer
 from memjax.runtime.reading import open_run
 from memjax.runtime.selfcheck import check_merged
 from memjax.runtime.texts import Texts, open_texts, own_texts
@@ -28,6 +29,7 @@ class Model(NamedTuple):
   texts: Texts
   stored: dict[str, str]           # type of each tensor of the checkpoint that it came from; {} where those were not floats as they are
   record: dict[str, Any]           # of a run: its config hash and step
+  optimizer: Any = None            # of a run
 
 
 class Merged(NamedTuple):
@@ -74,13 +76,15 @@ def open_trained(workdir: str, step: int = 0, host: str = '') -> Model:
   """
   run = open_run(workdir, step)
   path, record = host or run.config.training.host, {'config': run.name, 'step': run.step}
+  optimizer = make_optimizer(run.config.optimizer, run.params, run.config.training.steps)
   if host and not run.config.training.host: raise UserError(f'--host {host}: the run {workdir} began without a pretrained model')
-  if not path: return Model(workdir, path, run.config.model, run.params, own_texts(run.tokenizer, run.config.training.length), {}, record)
+  model = Model(workdir, path, run.config.model, run.params, None, {}, record, optimizer)
+  if not path: return model._replace(texts=own_texts(run.tokenizer, run.config.training.length))
   if not os.path.exists(path): raise UserError(f'{path}, which the run began with, is gone; --host says where it is now')
   texts, inner = open_texts(path), getattr(run.tokenizer, 'inner', None)
   if inner is None or inner.get_vocab(True) != texts.words.tokenizer.inner.get_vocab(True):
     raise UserError(f'the tokenizer of the run {workdir} is not that of {path}')
-  return Model(workdir, path, run.config.model, run.params, texts, _stored(graft.open_host(path)[1]), record)
+  return model._replace(texts=texts, stored=_stored(graft.open_host(path)[1]))
 
 
 def merge_model(model: Model) -> Merged:

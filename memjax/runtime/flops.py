@@ -17,7 +17,7 @@ from memjax.memory.registry import make_memory
 from memjax.models.block import compute_dtype
 from memjax.models.decoder import build_decoder, param_shapes
 from memjax.runtime import optim
-from memjax.runtime.footprint import bank_footprint, bank_layers, unshared
+from memjax.runtime.footprint import bank_footprint, bank_layers, parts_footprint, unshared
 from memjax.runtime.state import make_gradient, make_init
 
 # One operation an output element. XLA counts exp, log, tanh and their like apart (as transcendentals), and so do we.
@@ -154,7 +154,9 @@ def cost_table(model: Any, optimizer: optim.Optimizer, config: Config) -> str:
   table += [line('total', '', sum(r['arrays'] for r in rows), f"{sum(r['parameters'] for r in rows):,}"), '']
   fixed, grown = state_bytes(model, config.training.length)
   optimiser = nbytes(jax.eval_shape(optimizer.init, shapes))
-  facts = {'layers': f'{config.model.depth}', 'parameter bytes': f'{nbytes(shapes):,}', 'optimiser bytes': f'{optimiser:,}',
+  parts = ', '.join(f'{part} {counts["bytes"]:,}' for part, counts in parts_footprint(config.model, shapes).items())
+  facts = {'layers': f'{config.model.depth}', 'parameter bytes': f'{nbytes(shapes):,}', 'of them': parts,
+           'optimiser bytes': f'{optimiser:,}', 'gradient bytes': f'{nbytes(optimizer.split(shapes)[0]):,}',
            'state bytes a row': f'{fixed:,}' + (f' + {grown:,} for {config.training.length} tokens of attention' if grown else ''),
            'FLOPs a token, forward': f'{forward_flops(model, config.training.length):,.0f}',
            'FLOPs a token, training': f'{training_flops(model, optimizer, config):,.0f}',

@@ -1,8 +1,10 @@
-"""What the banks of a model hold: entries, parameters, bytes in several formats, bytes of their keys and values."""
+"""What a model holds: parameters and bytes by part, state and gradients; of its banks also entries and their keys and values."""
 import collections
 import dataclasses
 import functools
 import math
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -10,7 +12,8 @@ import jax
 from memjax.config.banks import BANKS, BankQuantConfig, shared_table
 from memjax.config.errors import UserError
 from memjax.config.layout import mixer_names
-from memjax.config.placement import share
+from memjax.config.mixers import AttentionConfig
+from memjax.config.placement import CHANGES, TABLE, share
 from memjax.config.schema import ModelConfig
 from memjax.layers.tree import named, nbytes
 from memjax.memory.registry import make_table
@@ -77,3 +80,94 @@ def bank_footprint(model: Any) -> dict[str, Any]:
           'bytes': {name: sum(t['bytes'][name] * t['copies'] for t in tables.values()) for name in formats},
           'active_entries': sum(layer['active_entries'] * layer['layers'] for layer in layers.values()),
           'prepared_bytes': sum(layer['prepared_bytes'] for layer in layers.values())}
+
+
+# The whole model --------------------------------------------------------------------------------------------------------------
+
+PARTS = ('embedding', 'attention', 'feed-forward', 'norms', 'head', 'low-rank', 'memory', 'routers', 'banks')
+TOP = {'embed': 'embedding', 'position': 'embedding', 'head': 'head', 'norm': 'norms'}
+PACKED_NUMBERS = {'int8': 1, 'uint8': 2}       # numbers in one element of codes, by its type
+
+
+def part_of(path: str, config: ModelConfig) -> str:
+  """The one of `PARTS` that a parameter belongs to; whatever was grafted is memory, routers or banks, its norms included."""
+  if re.search(CHANGES, path): return 'low-rank'
+  if path.startswith('bank_') or re.search(TABLE, path): return 'banks'
+  top, *rest = path.split('/')
+  if top in TOP: return TOP[top]
+  layer, module, *inner = rest
+  layers = {'prefix': config.prefix, 'repeats': config.pattern, 'suffix': config.suffix}[top]
+  names = mixer_names(layers[int(layer.removeprefix('layer_'))])
+  if 'router' in inner: return 'routers'
+  is_attention = lambda name: isinstance(config.mixers[name], AttentionConfig) and name not in config.grafted
+  if not any(map(is_attention, names)) and any(name in config.grafted for name in names): return 'memory'
+  if module.startswith('norm_'): return 'norms'
+  if module == 'mlp': return 'feed-forward'
+  if inner[0] not in names or not is_attention(inner[0]): return 'memory'
+  return 'norms' if inner[1].endswith('_norm') else 'attention'
+
+
+def parts_footprint(config: ModelConfig, params: Mapping[str, Any]) -> dict[str, dict[str, int]]:
+  """{part: {'parameters', 'bytes', 'packed_bytes'}} of parameters (arrays or shapes): every array in exactly one part.
+
+  `packed_bytes` are those of codes and their scales. A code counts as the numbers that it stands for, a scale as none.
+  """
+  parts = {part: {'parameters': 0, 'bytes': 0, 'packed_bytes': 0} for part in PARTS}
+  flat = named(params)
+  for path, leaf in flat.items():
+    part, size = parts[part_of(path, config)], math.prod(leaf.shape)
+    is_scale, is_code = path.removesuffix('_scale') + '_codes' in flat and path.endswith('_scale'), path.endswith('_codes')
+    part['bytes'] += size * leaf.dtype.itemsize
+    part['packed_bytes'] += size * leaf.dtype.itemsize * (is_scale or is_code)
+    part['parameters'] += 0 if is_scale else size * PACKED_NUMBERS.get(leaf.dtype.name, 1)
+  return {part: counts for part, counts in parts.items() if counts['bytes']}
+
+
+def _states(config: ModelConfig, state: Mapping[str, Any]) -> Iterator[tuple[bool, Any]]:
+  """(whether it is that of an attention, leaf) of all leaves of a state."""
+  for path, leaf in named(state).items():
+    yield isinstance(config.mixers.get(path.split('/')[2]), AttentionConfig), leaf
+
+
+def footprint(model: Any, params: Mapping[str, Any], *, batch: int, length: int, optimizer: Any = None) -> dict[str, Any]:
+  """What a model takes at `batch` rows of `length` tokens, from shapes alone: JSON values.
+
+  'parts', with sums 'parameters', 'bytes' and 'packed_bytes'; 'attention_bytes' (keys and values of the text) and 'memory_bytes'
+  of the state; 'prepared_bytes', keys and values of banks; 'active_entries', those that a token reads, of 'effective_tokens', all
+  that it can reach; 'compression', the bytes that attention would take for as many tokens by those of the banks (0 = no banks).
+  With an optimiser also 'trainable', 'trainable_share', 'optimizer_bytes' and 'gradient_bytes'.
+  """
+  config, parts = model.config, parts_footprint(model.config, params)
+  total = {key: sum(part[key] for part in parts.values()) for key in ('parameters', 'bytes', 'packed_bytes')}
+  size_of_state = lambda tokens: [nbytes([leaf for is_attention, leaf in _states(
+      config, jax.eval_shape(lambda: model.init_state(batch, tokens))) if is_attention == wanted]) for wanted in (True, False)]
+  attention, memory = size_of_state(length)
+  banks = bank_footprint(model)
+  found = {'batch': batch, 'length': length, 'parts': parts, **total, 'attention_bytes': attention, 'memory_bytes': memory,
+           'prepared_bytes': banks.get('prepared_bytes', 0), 'active_entries': banks.get('active_entries', 0),
+           'effective_tokens': banks.get('entries', 0), 'compression': 0.0}
+  if banks:
+    stored = parts.get('banks', {}).get('bytes', 0)
+    found['compression'] = size_of_state(banks['entries'])[0] / batch / stored
+  if optimizer is None: return found
+  trainable = optimizer.split(params)[0]
+  counted = sum(math.prod(leaf.shape) for leaf in trainable.values())
+  return found | {'trainable': counted, 'trainable_share': counted / total['parameters'], 'gradient_bytes': nbytes(trainable),
+                  'optimizer_bytes': nbytes(jax.eval_shape(optimizer.init, params))}
+
+
+def footprint_table(found: Mapping[str, Any]) -> str:
+  """The lines that say what `footprint` found."""
+  rows = [(part, *counts.values()) for part, counts in found['parts'].items()]
+  rows.append(('total', found['parameters'], found['bytes'], found['packed_bytes']))
+  lines = [f'{"part":14}{"parameters":>16}{"bytes":>18}{"of them packed":>18}']
+  lines += [f'{part:14}{numbers:>16,}{size:>18,}{packed:>18,}' for part, numbers, size, packed in rows]
+  names = {'attention_bytes': 'keys and values of texts', 'memory_bytes': 'state of memories', 'prepared_bytes': 'keys and values of banks',
+           'gradient_bytes': 'gradients', 'optimizer_bytes': 'optimiser'}
+  facts = {f'{text}': f'{found[name]:,} bytes' for name, text in names.items() if found.get(name)}
+  if found['effective_tokens']:
+    facts['entries read a token'] = f'{found["active_entries"]:,} of {found["effective_tokens"]:,}'
+    facts['against attention'] = f'{found["compression"]:.3g} times smaller than keys and values of as many tokens'
+  if 'trainable' in found: facts['trained'] = f'{found["trainable"]:,} parameters, {found["trainable_share"]:.3%}'
+  head = f'at {found["batch"]} x {found["length"]:,} tokens'
+  return '\n'.join([*lines, '', head, *(f'  {name + ":":28}{value}' for name, value in facts.items())])
