@@ -10,13 +10,16 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from memjax.config.errors import UserError, shown
 from memjax.data.hub import missing
-from memjax.data.subword import SubwordTokenizer
+from memjax.data.tokenizers import Tokenizer
+
+if TYPE_CHECKING:
+  from memjax.data.subword import SubwordTokenizer  # needs the extra `text`
 
 SECONDS = 5.0                  # for one conversation, and for reading the template
 MEMORY = 1 << 29               # bytes of the process that renders, Python included
@@ -24,6 +27,8 @@ LONGEST = 1 << 22              # characters of a rendered conversation
 LARGEST = 1 << 20              # characters of a template
 START = 60.0                   # seconds for a Python to start
 STAND_IN = 0x100000            # first of the private characters that stand for special tokens inside messages
+OPEN, CLOSE = '\U0010fffe', '\U0010ffff'       # the marks of chat_worker, which is not imported: jinja2 is an extra
+TAG = re.compile(r'{%[-+]?\s*generation\s*[-+]?%}')
 
 
 class ChatTemplate:
@@ -42,8 +47,10 @@ class ChatTemplate:
     self._stop, self._process, self._lock = None, None, threading.Lock()
 
   def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False, tools: Sequence | None = None,
-             documents: Sequence | None = None, **more: Any) -> str:
+             documents: Sequence | None = None, marks: bool = False, **more: Any) -> str:
     """The text of a conversation; `more` are variables of this template, such as enable_thinking.
+
+    With `marks`, OPEN and CLOSE stand around what the template's generation tags enclose, if it has any (`has_tags`).
 
     Raises UserError for messages without a role, for what is not JSON, and for whatever the template does wrong or refuses.
     """
@@ -52,7 +59,12 @@ class ChatTemplate:
         raise UserError(f'message {number} has no role: {shown(message)}')
     variables = {'messages': list(messages), 'tools': tools, 'documents': documents, 'add_generation_prompt': add_generation_prompt,
                  **self.tokens, **more}
-    with self._lock: return self._ask({'variables': variables, 'now': self.clock().isoformat()})
+    with self._lock: return self._ask({'variables': variables, 'now': self.clock().isoformat(), 'marks': marks})
+
+  @property
+  def has_tags(self) -> bool:
+    """Whether the template says itself what the assistant writes."""
+    return bool(TAG.search(self.source))
 
   def close(self) -> None:
     """Ends the process; the next conversation starts another."""
@@ -143,40 +155,88 @@ def read_tokenizer_config(folder: str) -> dict:
   return tree
 
 
-def chat_tokens(tokenizer: SubwordTokenizer, template: ChatTemplate, messages: Sequence[Mapping[str, Any]], *,
+def chat_tokens(tokenizer: 'SubwordTokenizer', template: ChatTemplate, messages: Sequence[Mapping[str, Any]], *,
                 escape: bool = True, **options: Any) -> np.ndarray:
   """int32 tokens of a conversation; `options` are those of `ChatTemplate.render`. Nothing is added: templates write bos.
 
   With `escape` a special token that is spelt out inside a message stays text, so that nobody ends a turn by writing its end.
   """
-  added = tokenizer.inner.get_added_tokens_decoder()
-  special = sorted((token.content for token in added.values() if token.special), key=len, reverse=True)
-  if not escape or not special: return tokenizer.encode(template.render(messages, **options))
-  pattern = re.compile('|'.join(map(re.escape, special)))
-  stand_in = {token: chr(STAND_IN + i) for i, token in enumerate(special)}
-  text = template.render(_replaced(messages, pattern, stand_in), **options)
-  spelt, pieces, at = {stand: token for token, stand in stand_in.items()}, [], 0
-  for found in [*pattern.finditer(text), None]:
-    piece = text[at:found.start() if found else len(text)]
-    pieces.append(_plain(tokenizer, ''.join(spelt.get(character, character) for character in piece)))
-    if found: pieces.append([tokenizer.inner.token_to_id(found[0])])
-    at = found.end() if found else at
-  return np.concatenate(pieces).astype(np.int32)
+  speller = Speller(tokenizer)
+  return speller.tokens(template.render(speller.hide(messages) if escape else messages, **options))
 
 
-def _replaced(value: Any, pattern: re.Pattern, stand_in: Mapping[str, str]) -> Any:
-  """The messages with private characters for special tokens, wherever there is text. Raises UserError for such characters."""
-  if isinstance(value, str):
-    if any(stand in value for stand in stand_in.values()): raise UserError('a message holds characters of a private plane of Unicode')
-    return pattern.sub(lambda found: stand_in[found[0]], value)
-  if isinstance(value, Mapping): return {key: _replaced(one, pattern, stand_in) for key, one in value.items()}
-  return [_replaced(one, pattern, stand_in) for one in value] if isinstance(value, list | tuple) else value
+class Speller:
+  """Texts as tokens, where the special tokens inside messages were hidden and so stay text, those of the template are special."""
+
+  def __init__(self, tokenizer: Tokenizer):
+    self.tokenizer, self.inner = tokenizer, getattr(tokenizer, 'inner', None)
+    added = self.inner.get_added_tokens_decoder() if self.inner else {}
+    special = sorted((token.content for token in added.values() if token.special), key=len, reverse=True)
+    self.pattern = re.compile('|'.join(map(re.escape, special)) or '(?!)')
+    self.stand_in = {token: chr(STAND_IN + i) for i, token in enumerate(special)}
+    self.spelt = {stand: token for token, stand in self.stand_in.items()}
+    self._bytes: np.ndarray | None = None        # of each token, where a text is the bytes of its tokens
+
+  def hide(self, value: Any) -> Any:
+    """The messages with private characters for special tokens, wherever there is text. Raises UserError for such characters."""
+    if isinstance(value, str):
+      if any(mark in value for mark in (OPEN, CLOSE, *self.spelt)):
+        raise UserError('a message holds characters of a private plane of Unicode')
+      return self.pattern.sub(lambda found: self.stand_in[found[0]], value)
+    if isinstance(value, Mapping): return {key: self.hide(one) for key, one in value.items()}
+    return [self.hide(one) for one in value] if isinstance(value, list | tuple) else value
+
+  def show(self, text: str) -> str:
+    """The text with special tokens spelt out for private characters."""
+    return ''.join(self.spelt.get(character, character) for character in text) if self.spelt else text
+
+  def tokens(self, text: str) -> np.ndarray:
+    """int32 tokens of a text with hidden special tokens."""
+    return np.concatenate([token_N for _, token_N in self._pieces(text)] or [[]]).astype(np.int32)
+
+  def sized(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+    """(int32 tokens, how many UTF-8 bytes of `show(text)` belong to each)."""
+    pieces = self._pieces(text)
+    sizes = np.concatenate([self._sizes(piece, token_N) for piece, token_N in pieces] or [[]])
+    return np.concatenate([token_N for _, token_N in pieces] or [[]]).astype(np.int32), sizes.astype(np.int64)
+
+  def _pieces(self, text: str) -> list[tuple[str, np.ndarray]]:
+    """(text, tokens) of the special tokens and of what is between them."""
+    found, at = [], 0
+    for special in self.pattern.finditer(text):
+      found += [self.show(text[at:special.start()]), special[0]]
+      at = special.end()
+    found.append(self.show(text[at:]))
+    special = lambda number, piece: np.array([self.inner.token_to_id(piece)]) if number % 2 else self._plain(piece)
+    return [(piece, special(number, piece)) for number, piece in enumerate(found) if piece]
+
+  def _plain(self, text: str) -> np.ndarray:
+    """Tokens of a text whose special tokens are only text."""
+    if self.inner is None: return self.tokenizer.encode(text)
+    self.inner.encode_special_tokens = True
+    try:
+      return self.tokenizer.encode(text)
+    finally:
+      self.inner.encode_special_tokens = False
+
+  def _sizes(self, text: str, token_N: np.ndarray) -> np.ndarray:
+    """Bytes of each token: its own, where they add up to the text, else by the offsets of the library, which may leave out spaces."""
+    if len(token_N) == 1: return np.array([len(text.encode())])
+    if self._bytes is None:
+      piece = getattr(self.tokenizer.stream(), 'pieces', lambda token: b'')
+      self._bytes = np.array([len(piece(token)) for token in range(self.tokenizer.vocabulary)])
+    raw, own_N = text.encode(), self._bytes[token_N]
+    if own_N.sum() == len(raw) or self.inner is None: return own_N
+    self.inner.encode_special_tokens = True
+    try:
+      end_N = np.array([end for _, end in self.inner.encode(text, add_special_tokens=False).offsets])
+    finally:
+      self.inner.encode_special_tokens = False
+    bytes_C = np.concatenate([[0], np.cumsum(utf8_sizes(text))])
+    return np.diff(bytes_C[np.maximum.accumulate(end_N)], prepend=0)
 
 
-def _plain(tokenizer: SubwordTokenizer, text: str) -> np.ndarray:
-  """Tokens of a text whose special tokens are only text."""
-  tokenizer.inner.encode_special_tokens = True
-  try:
-    return tokenizer.encode(text)
-  finally:
-    tokenizer.inner.encode_special_tokens = False
+def utf8_sizes(text: str) -> np.ndarray:
+  """UTF-8 bytes of each character."""
+  code_C = np.frombuffer(text.encode('utf-32-le'), np.uint32)
+  return 1 + (code_C > 0x7f) + (code_C > 0x7ff) + (code_C > 0xffff)

@@ -11,17 +11,29 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.nodes
 import jinja2.sandbox
+
+OPEN, CLOSE = '\U0010fffe', '\U0010ffff'       # no characters of any text, by Unicode
 
 
 class Generation(jinja2.ext.Extension):
-  """`{% generation %} ... {% endgeneration %}`, which marks what an assistant wrote: rendered as its content."""
+  """`{% generation %} ... {% endgeneration %}`, which marks what an assistant wrote: rendered as its content, between OPEN and CLOSE
+  where the request asks for marks."""
   tags = {'generation'}      # noqa: RUF012 (the library's own form)
 
+  def __init__(self, made: jinja2.Environment):
+    super().__init__(made)
+    made.extend(marks=False)
+
   def parse(self, parser: Any) -> Any:
-    """The nodes between the two tags."""
-    next(parser.stream)
-    return parser.parse_statements(('name:endgeneration',), drop_needle=True)
+    """A call of `_mark` with what is between the two tags."""
+    line = next(parser.stream).lineno
+    body = parser.parse_statements(('name:endgeneration',), drop_needle=True)
+    return jinja2.nodes.CallBlock(self.call_method('_mark'), [], [], body).set_lineno(line)
+
+  def _mark(self, caller: Any) -> str:
+    return f'{OPEN}{caller()}{CLOSE}' if self.environment.marks else caller()
 
 
 def refuse(message: str) -> None:
@@ -64,6 +76,7 @@ def answer(line: bytes, made: jinja2.Environment, state: dict) -> dict:
       state['longest'] = request['longest']
       state['template'] = made.from_string(request['source'])
       return {'text': ''}
+    made.marks = request['marks']
     return {'text': render(state['template'], request, state['longest'])}
   except Exception as error:              # whatever a template does wrong is said to the one who asked
     return {'error': type(error).__name__, 'message': str(error)[:500]}

@@ -56,6 +56,14 @@ def fetch(name: str, configuration: str, splits: tuple[str, ...]) -> list[pathli
 
 def read_column(paths: list[pathlib.Path], column: str) -> list[str]:
   """The text column of parquet files, row by row; UserError where it is missing or not text."""
+  rows = [row[column] for row in read_rows(paths, (column,))]
+  wrong = next((row for row in rows if row is not None and not isinstance(row, str)), None)
+  if wrong is not None: raise UserError(f'column {column!r} holds {type(wrong).__name__}, not text')
+  return [row or '' for row in rows]
+
+
+def read_rows(paths: list[pathlib.Path], *wanted: tuple[str, ...]) -> list[dict]:
+  """The rows of parquet files, of the first of some groups of columns that a file has; UserError where it has none."""
   try:
     import pyarrow
     import pyarrow.parquet
@@ -65,10 +73,11 @@ def read_column(paths: list[pathlib.Path], column: str) -> list[str]:
   for path in paths:
     try:
       names = pyarrow.parquet.read_schema(path).names
-      if column not in names: raise UserError(f'{path.name} has no column {column!r}; it has {", ".join(names)}')
-      rows += pyarrow.parquet.read_table(path, columns=[column]).column(0).to_pylist()
+      columns = next((group for group in wanted if set(group) <= set(names)), None)
+      if columns is None:
+        said = ' nor '.join(' and '.join(map(repr, group)) for group in wanted)
+        raise UserError(f'{path.name} has no column {said}; it has {", ".join(names)}')
+      rows += pyarrow.parquet.read_table(path, columns=list(columns)).to_pylist()
     except (OSError, pyarrow.ArrowException) as error:
       raise UserError(f'{path} is not a parquet file: {(str(error).splitlines() or [""])[0]}') from error
-  wrong = next((row for row in rows if row is not None and not isinstance(row, str)), None)
-  if wrong is not None: raise UserError(f'column {column!r} holds {type(wrong).__name__}, not text')
-  return [row or '' for row in rows]
+  return rows

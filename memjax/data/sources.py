@@ -10,6 +10,7 @@ import lzma
 import pathlib
 import re
 from collections.abc import Callable
+from typing import NamedTuple
 
 from memjax.config.errors import UserError
 from memjax.config.schema import DataConfig
@@ -65,18 +66,31 @@ def load_corpus(data: DataConfig, split: str, fetch: Callable[..., list[pathlib.
   network.
   """
   split = split_name(split)
-  if data.source == 'shakespeare':
-    name, documents = 'shakespeare', cut(bundled(split), data.separator)
-  elif data.source == 'hub':
-    name, documents = data.hub, read_hub(data, split, fetch)
-  else:
-    path = pathlib.Path(data.path).expanduser()
-    if not path.exists(): raise UserError(f'no such file or folder: {data.path}')
-    name = path.resolve().name if path.is_dir() else path.stem
-    if path.is_dir(): documents = read_folder(path, split, data)
-    else: documents = divide(read_documents(path, data), split, str(path))
-  if not any(documents): raise UserError(f'the {split} split of {name} is empty')
-  return Corpus(name, split, documents)
+  if data.source == 'path': return read_path(data.path, split, Format(lambda path: read_documents(path, data), divide, SUFFIXES))
+  if data.source == 'shakespeare': name, documents = 'shakespeare', cut(bundled(split), data.separator)
+  else: name, documents = data.hub, read_hub(data, split, fetch)
+  return filled(Corpus(name, split, documents))
+
+
+class Format(NamedTuple):
+  """How files hold documents."""
+  read: Callable[[pathlib.Path], list[str]]              # the documents of a file
+  divide: Callable[[list[str], str, str], list[str]]     # those of a split, of documents that have none, and where they are
+  suffixes: tuple[str, ...]                              # of the files of a folder
+
+
+def read_path(where: str, split: str, format: Format) -> Corpus:
+  """The documents of one split of a file or folder. UserError where there are none."""
+  path = pathlib.Path(where).expanduser()
+  if not path.exists(): raise UserError(f'no such file or folder: {where}')
+  if path.is_dir(): return filled(Corpus(path.resolve().name, split, read_folder(path, split, format)))
+  return filled(Corpus(path.stem, split, format.divide(format.read(path), split, str(path))))
+
+
+def filled(corpus: Corpus) -> Corpus:
+  """The corpus; UserError where it is empty."""
+  if not any(corpus.documents): raise UserError(f'the {corpus.split} split of {corpus.name} is empty')
+  return corpus
 
 
 def bundled(split: str) -> str:
@@ -163,29 +177,29 @@ def split_of_file(path: pathlib.Path) -> str:
   return next((split for split, names in SPLITS.items() if last in names), '')
 
 
-def read_folder(folder: pathlib.Path, split: str, data: DataConfig) -> list[str]:
+def read_folder(folder: pathlib.Path, split: str, format: Format) -> list[str]:
   """The documents of a split of a folder: its train/val/test file, or a share of its many text files."""
   named = {}
   for path in sorted(folder.iterdir()):
     found = split_of_file(path)
-    if found and path.suffix in SUFFIXES and path.is_file(): named.setdefault(found, []).append(path)
+    if found and path.suffix in format.suffixes and path.is_file(): named.setdefault(found, []).append(path)
   if split in named:
     if len(named[split]) > 1:
       raise UserError(f'{folder} has two files of split {split}: ' + ', '.join(path.name for path in named[split]))
-    return read_documents(named[split][0], data)
+    return format.read(named[split][0])
   if named:
     found = ', '.join(path.name for paths in named.values() for path in paths)
     raise UserError(f'{folder} has no {split} split; it has {found}')
-  paths = sorted(p for p in folder.rglob('*') if p.suffix in SUFFIXES and p.is_file() and not p.name.startswith('.'))
-  if not paths: raise UserError(f'{folder} holds no text files ({", ".join(SUFFIXES)})')
+  paths = sorted(p for p in folder.rglob('*') if p.suffix in format.suffixes and p.is_file() and not p.name.startswith('.'))
+  if not paths: raise UserError(f'{folder} holds no text files ({", ".join(format.suffixes)})')
   if len(paths) < FEW:
-    return divide([document for path in paths for document in read_documents(path, data)], split, str(folder))
+    return format.divide([document for path in paths for document in format.read(path)], split, str(folder))
   # In the order of their hashes the names and dates of files say nothing about their split.
   paths = sorted(paths, key=lambda path: (hashlib.sha256(read_text(path).encode()).digest(), str(path)))
   kept = [path for index, path in enumerate(paths) if share(index) == split]
   logger.info('%s has no splits: in the order of their hashes, of 20 files the 10th is val, the 20th test, the others '
               'train; %s is %d of %d files', folder, split, len(kept), len(paths))
-  return [document for path in sorted(kept) for document in read_documents(path, data)]
+  return [document for path in sorted(kept) for document in format.read(path)]
 
 
 def share(index: int) -> str:
