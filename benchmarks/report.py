@@ -12,7 +12,7 @@ import shlex
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from benchmarks import report_banks, report_figures, report_text
+from benchmarks import report_banks, report_figures, report_hosts, report_text
 
 RESULTS = pathlib.Path(__file__).parent / 'results'
 DOCS = pathlib.Path(__file__).parent.parent / 'docs'
@@ -169,13 +169,20 @@ def routed(result: dict[str, Any]) -> list[str]:
   return report_banks.routed(result, table, cell) + goals(result['targets'])
 
 
-CAPTIONS = {**report_text.CAPTIONS, **report_banks.CAPTIONS}
-ABOUT, READINGS = {**report_text.ABOUT, **report_banks.ABOUT}, {**report_text.READINGS, **report_banks.READINGS}
+def adapters(result: dict[str, Any]) -> list[str]:
+  """A pretrained host with what was trained beside it."""
+  return report_hosts.adapters(result, table, cell)
+
+
+CAPTIONS = {**report_text.CAPTIONS, **report_banks.CAPTIONS, **report_hosts.CAPTIONS}
+ABOUT = {**report_text.ABOUT, **report_banks.ABOUT, **report_hosts.ABOUT}
+READINGS = {**report_text.READINGS, **report_banks.READINGS, **report_hosts.READINGS}
 SECTIONS = (                                # title, benchmark, key that must hold something, body, figure
   ('Mixing', 'holographic', 'rows', mixing, 'mixing'), ('Whole layers', 'holographic', 'layers', layers, ''),
   ('Recall', 'recall', 'rows', recall, 'recall'), ('Decoding', 'decode', 'rows', decode, ''),
   ('Capacity', 'capacity', 'keyed', capacity, ''), ('Language modelling', 'language', 'rows', language, 'language'),
   ('Memory banks', 'banks', 'rows', banks, 'banks'), ('Routed attention', 'routed', 'example_shape', routed, ''),
+  ('Adapters', 'adapters', 'runs', adapters, 'adapters'),
   ('Resume', 'resume', 'kills', resume, ''))
 
 

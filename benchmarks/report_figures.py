@@ -2,6 +2,8 @@
 import pathlib
 from typing import Any
 
+from benchmarks import report_hosts
+
 STYLE = {                                   # Okabe and Ito: told apart by colour-blind readers, and by marker
   'black': ('#000000', 's'), 'blue': ('#0072B2', 'o'), 'orange': ('#D55E00', '^'), 'green': ('#009E73', 'D'), 'pink': ('#CC79A7', 'v'),
   'sky': ('#56B4E9', 'P'), 'yellow': ('#E69F00', 'X'),
@@ -129,7 +131,13 @@ def banks(results, figure) -> bool:
   return True
 
 
-DRAWINGS = {'mixing': (mixing, (8, 4.2)), 'recall': (recall, (8, 4.6)), 'language': (language, (8, 3.9)), 'banks': (banks, (9, 7))}
+def adapters(results, figure) -> bool:
+  """What a pretrained host learned and forgot."""
+  return report_hosts.draw(results, figure, preferred, STYLE)
+
+
+DRAWINGS = {'mixing': (mixing, (8, 4.2)), 'recall': (recall, (8, 4.6)), 'language': (language, (8, 3.9)), 'banks': (banks, (9, 7)),
+            'adapters': (adapters, (8, 4))}
 
 
 def draw_all(results: dict[str, dict[str, Any]], folder: pathlib.Path) -> list[str]:
