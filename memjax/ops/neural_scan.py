@@ -61,7 +61,7 @@ def group_size(count: int, group: int = 0) -> int:
   if group: return min(group, count)
   root = math.sqrt(count)
   near = [size for size in range(1, count + 1) if root / 1.5 <= size <= root * 1.5] or [1]
-  return min(near, key=lambda size: (-(-count // size) * size - count, abs(math.log(size / root))))
+  return min(near, key=lambda size: (-(-count // size) * size - count, abs(math.log(size / root)), size))
 
 
 def scan_chunks(rule: Rule, start: Weights, memory: Any, chunks: Chunk, *, group: int = 0, unroll: int = 1) -> tuple[Any, tuple]:
@@ -81,6 +81,7 @@ def scan_chunks(rule: Rule, start: Weights, memory: Any, chunks: Chunk, *, group
   chunks = jax.tree.map(fill, chunks)
   chunks = chunks._replace(coefficients=chunks.coefficients._replace(turn=turn))
   cut = jax.tree.map(lambda a: a.reshape(padded // size, size, *a.shape[1:]), chunks)
+  body = jax.checkpoint(body, prevent_cse=False, policy=jax.checkpoint_policies.dots_saveable)
   piece = jax.checkpoint(lambda memory, chunks: jax.lax.scan(body, memory, chunks, unroll=unroll), prevent_cse=False)
   memory, out = jax.lax.scan(piece, memory, cut)
   return memory, jax.tree.map(lambda a: a.reshape(padded, *a.shape[2:])[:count], out)
