@@ -4,9 +4,10 @@
   python -m memjax.export --to gguf --type Q8_0 --model HOST --output m.gguf
   python -m memjax.export --to peft --workdir runs/w --output changes        low-rank changes alone
   python -m memjax.export --to memory --workdir runs/w --output memory       memories alone
+  python -m memjax.export --to quantized --quantize nf4 --model HOST --output small
 
-hf and gguf hold the host with its low-rank changes merged; memories go into files of their own. What differs after writing is
-kept as OUTPUT.failed, and the status is 2. The last line of stdout is the path of what was written.
+hf, gguf and quantized hold the host with its low-rank changes merged; memories go into files of their own. What differs after
+writing is kept as OUTPUT.failed, and the status is 2. The last line of stdout is the path of what was written.
 """
 import os
 import sys
@@ -14,7 +15,7 @@ import sys
 from memjax.config.errors import UserError
 from memjax.config.flags import Flag, run
 
-TARGETS = ('hf', 'gguf', 'peft', 'memory')
+TARGETS = ('hf', 'gguf', 'peft', 'memory', 'quantized')
 FLAGS = (
     Flag('to', str, None, 'what is written', choices=TARGETS),
     Flag('output', str, None, 'folder or, for gguf, file, which must not be there yet'),
@@ -28,11 +29,13 @@ FLAGS = (
     Flag('shard_bytes', int, 0, 'of hf: most bytes of one file; 0 = 5 GB', low=0),
     Flag('type', str, '', "of gguf: how matrices are stored; '' = F16",
          choices=('', 'F32', 'F16', 'BF16', 'Q8_0', 'Q4_0', 'Q4_1', 'Q5_0', 'Q5_1')),
+    Flag('quantize', str, '', "of quantized: how kernels and tables of banks are stored, '' = int8; of memory: of banks, '' = as they are",
+         choices=('', 'int8', 'int4', 'nf4')),
     Flag('report', str, '', "footprint of the model: a JSON file, or '-' for a table on stderr"),
     Flag('batch', int, 1, 'rows that the footprint counts', low=1),
     Flag('length', int, 0, 'tokens a row that the footprint counts; 0 = as many as the model was made for', low=0),
 )
-OWN = {'dtype': ('hf',), 'shard_bytes': ('hf',), 'type': ('gguf',)}
+OWN = {'dtype': ('hf',), 'shard_bytes': ('hf',), 'type': ('gguf',), 'quantize': ('quantized', 'memory')}
 OF_RUN, OF_MODEL = ('step', 'host'), ('adapter',)
 
 
@@ -57,8 +60,8 @@ def report(values: dict, model, config, params) -> None:
 
   from memjax.models.decoder import build_decoder
   from memjax.runtime.footprint import footprint, footprint_table
-  length = values['length'] or (model.texts.context if model.texts else 0) or 1
-  optimizer = None if values['to'] == 'quantized' else model.optimizer
+  length = values['length'] or model.texts.context or 1
+  optimizer = model.optimizer if params is model.params else None
   found = footprint(build_decoder(config), params, batch=values['batch'], length=length, optimizer=optimizer)
   if values['report'] == '-': sys.stderr.write(f'{footprint_table(found)}\n')
   else: pathlib.Path(values['report']).write_text(json.dumps(found, indent=2) + '\n', encoding='utf-8')
@@ -73,12 +76,14 @@ def main(config, values) -> None:
   if values['report'] != '-': check_output(values['report'])
   if values['model']: model = exporting.open_model(values['model'], values['adapter'])
   else: model = exporting.open_trained(values['workdir'], values['step'], values['host'])
-  kind, output = values['to'], values['output']
+  kind, output, small = values['to'], values['output'], values['quantize']
+  told = model.config, model.params
   if kind == 'hf': targets.to_hf(model, output, dtype=values['dtype'], limit=values['shard_bytes'] or targets.SHARD)
   elif kind == 'gguf': targets.to_gguf(model, output, kind=values['type'] or 'F16')
   elif kind == 'peft': targets.to_peft(model, output)
-  else: targets.to_memory(model, output)
-  if values['report']: report(values, model, model.config, model.params)
+  elif kind == 'memory': targets.to_memory(model, output, storage=small)
+  else: told = targets.to_quantized(model, output, storage=small or 'int8')
+  if values['report']: report(values, model, *told)
   sys.stdout.write(f'{os.path.abspath(output)}\n')
 
 

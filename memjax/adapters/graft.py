@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 import memjax
 from memjax.adapters.gguf_model import GgufModel
 from memjax.adapters.pretrained import Tensors, load_params, open_pretrained, read_json
-from memjax.adapters.quantized import QuantizedTensors, is_quantized, packed
+from memjax.adapters.quantized import TYPES, QuantizedTensors, is_quantized, packed
 from memjax.adapters.safetensors import SafeTensors, write_safetensors
 from memjax.config.codec import freeze, leaves, to_json
 from memjax.config.errors import ConfigError, UserError, refuse, shown
@@ -181,10 +181,9 @@ def fingerprint(config: ModelConfig, params: Mapping[str, Any]) -> str:
 
 
 def save_adapter(folder: str, config: ModelConfig, params: Mapping[str, Any]) -> None:
-  """Writes the memories of grafted parameters: their arrays (float32, float16 or bfloat16) and what they belong to.
+  """Writes the memories of grafted parameters: their arrays, tables of banks also in fewer bits, and what they belong to.
 
-  Raises UserError for arrays of integers (quantise after loading instead), for low-rank changes, which have files of their
-  own, and where the machine refuses.
+  Raises UserError for low-rank changes, which have files of their own, and where the machine refuses.
   """
   if config.block.lora.rank: raise UserError('the adapter would hold low-rank changes; strip or merge them first')
   host, adapter = split_adapter(params, config)
@@ -193,7 +192,7 @@ def save_adapter(folder: str, config: ModelConfig, params: Mapping[str, Any]) ->
   path = os.path.join(folder, DESCRIPTION)
   try:
     os.makedirs(folder, exist_ok=True)
-    write_safetensors(os.path.join(folder, FILE), adapter)
+    write_safetensors(os.path.join(folder, FILE), adapter, TYPES)
     with open(f'{path}.tmp', 'w', encoding='utf-8') as file: file.write(json.dumps(text, indent=2) + '\n')
     os.replace(f'{path}.tmp', path)
   except OSError as error:
@@ -219,7 +218,7 @@ def load_adapter(folder: str, host_config: ModelConfig, host_params: Mapping[str
   if name := _difference(host_config, host_of(config)): raise UserError(f'{path} belongs to another host: they differ in {name}')
   if not force and tree.get('host') != fingerprint(host_config, host_params):
     raise UserError(f'{path} belongs to another host: its weights are not these')
-  file = SafeTensors(os.path.join(folder, FILE))
+  file = SafeTensors(os.path.join(folder, FILE), TYPES)
   try:
     return config, join_adapter(host_params, {name: jnp.array(file.read(name)) for name in file.entries}, config)
   except UserError as error:

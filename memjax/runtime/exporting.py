@@ -6,14 +6,15 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from memjax.adapters import graft
-from memjax.adapters.gguf_model import GgufModel
 from memjax.adapters.lora import extract, insert, merge, with_lora
 from memjax.adapters.peft import load_peft
 from memjax.adapters.pretrained import load_params
+from memjax.adapters.safetensors import Checkpoint
 from memjax.config.errors import UserError
 from memjax.config.lora import LoraConfig, rank_of
 from memjax.config.schema import ModelConfig
 from memjax.layers.tree import named
+from memjax.models.quantized import dequantize_host
 from memjax.runtime.optim import make_optimizer
 from memjax.runtime.reading import open_run
 from memjax.runtime.selfcheck import check_merged
@@ -60,13 +61,13 @@ def open_model(path: str, adapters: Sequence[str] = ()) -> Model:
   if 'memory' in found: config, params = graft.load_adapter(found['memory'], config, params)
   if 'PEFT' in found:
     config, adapter = load_peft(found['PEFT'], config)
-    params = insert(params, adapter)
+    params = insert(params, adapter, config.block.quant)
   return Model(path, path, config, params, open_texts(path), _stored(tensors), {})
 
 
 def _stored(tensors: Any) -> dict[str, str]:
-  """The float type of each tensor of a folder; nothing of a GGUF file, whose tensors may be in few bits."""
-  return {} if isinstance(tensors, GgufModel) else {name: tensors.read(name).dtype.name for name in tensors.names}
+  """The float type of each tensor of a folder; nothing of what may be in fewer bits, a GGUF file or a quantised folder."""
+  return {name: tensors.read(name).dtype.name for name in tensors.names} if isinstance(tensors, Checkpoint) else {}
 
 
 def open_trained(workdir: str, step: int = 0, host: str = '') -> Model:
@@ -88,9 +89,12 @@ def open_trained(workdir: str, step: int = 0, host: str = '') -> Model:
 
 
 def merge_model(model: Model) -> Merged:
-  """The model with its low-rank changes merged, memories and host apart. Raises UserError unless all that are configured were."""
-  lora, params, count = model.config.block.lora, model.params, 0
-  config = with_lora(model.config, LoraConfig())
+  """The model with its low-rank changes merged, memories and host apart; kernels in fewer bits are written out first.
+
+  Raises UserError unless all changes that are configured were merged.
+  """
+  lora, count = model.config.block.lora, 0
+  config, params = dequantize_host(with_lora(model.config, LoraConfig()), model.params)
   if lora.rank:
     changes = extract(params, lora)
     before = {path: x for path, x in named(params).items() if path.endswith('/kernel') and rank_of(lora, path)}

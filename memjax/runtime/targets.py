@@ -1,6 +1,7 @@
 """What an export leaves, one function a target: a Hugging Face folder, a GGUF file, the folder of PEFT, that of memories alone."""
 import logging
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,10 +17,13 @@ from memjax.adapters.gguf_write import write_gguf
 from memjax.adapters.lora import extract, merge, with_lora
 from memjax.adapters.peft import load_peft, save_peft
 from memjax.adapters.pretrained import load_params, open_pretrained
+from memjax.adapters.quantized import load_quantized, save_quantized
 from memjax.config.errors import UserError
 from memjax.config.lora import LoraConfig
+from memjax.config.quant import PACKED, QuantConfig
 from memjax.config.schema import ModelConfig
 from memjax.layers.tree import named
+from memjax.models.quantized import parse_quantization, quantize_banks, quantize_host, with_quant
 from memjax.runtime.exporting import Merged, Model, merge_model, publish
 from memjax.runtime.selfcheck import LIMITS, check_logits, check_rows, check_texts, forward_of, prompt_tokens
 from memjax.runtime.texts import gguf_texts, open_texts, token_ids, write_texts
@@ -61,9 +65,9 @@ def to_hf(model: Model, output: str, *, dtype: str = '', limit: int = SHARD) -> 
   def check(folder: str) -> None:
     config, tensors = open_pretrained(folder)
     check_rows(rows, tensors)
+    check_texts(model.texts, open_texts(folder))
     params = load_params(config, tensors)
     _compare(model, merged, (config, params), max((row.dtype.name for row in rows.values()), key=LIMITS.get))
-    check_texts(model.texts, open_texts(folder))
     if merged.has_memory: _write_memory(folder, merged, params)
   publish(output, write, check)
   if merged.has_memory: logger.info('the memories are beside the host, in %s', os.path.join(output, graft.FILE))
@@ -89,9 +93,9 @@ def to_gguf(model: Model, output: str, *, kind: str = 'F16') -> None:
 
   def check(path: str) -> Any:
     file = GgufModel(path)
+    check_texts(model.texts, open_texts(path))
     params = load_params(file.config(), file)
     _compare(model, merged._replace(host_config=wide), (file.config(), params), FLOATS.get(kind, ''))
-    check_texts(model.texts, open_texts(path))
     return params
   params = publish(output, lambda path: _write_gguf(path, metadata, tensors), check)
   if not merged.has_memory: return
@@ -109,33 +113,75 @@ def to_peft(model: Model, output: str) -> None:
   """Leaves the low-rank changes alone, as PEFT writes them. Raises UserError as `save_peft` does."""
   bare = with_lora(model.config, LoraConfig())
   def check(folder: str) -> None:
-    wanted, found = extract(model.params, model.config.block.lora), load_peft(folder, bare)[1]
+    wanted, found = extract(model.params, model.config.block.lora, bare.block.quant), load_peft(folder, bare)[1]
     same = set(wanted) == set(found) and all(_equal(wanted[path], found[path]) for path in wanted)
     if not same: raise UserError('the low-rank changes differ from what was meant')
   publish(output, lambda folder: save_peft(folder, model.config, model.params, base=model.base), check)
   if graft.host_of(bare) != bare: logger.info('the memories are not in it; --to memory writes them')
 
 
-def to_memory(model: Model, output: str) -> None:
+def to_memory(model: Model, output: str, *, storage: str = '') -> None:
   """Leaves the memories alone, with the low-rank changes of their own maps merged, for the host without low-rank changes.
 
-  Raises UserError for a model without memories.
+  `storage`, int8, int4 or nf4, packs the tables of banks. Raises UserError for a model without memories, or without banks to pack.
   """
   config, lora = with_lora(model.config, LoraConfig()), model.config.block.lora
-  changes = extract(model.params, lora) if lora.rank else {}
+  changes = extract(model.params, lora, config.block.quant) if lora.rank else {}
   own = {path: change for path, change in changes.items() if path in graft.adapter_of(model.params, config)}
   params = merge(model.params, [own])
+  if storage: config, params = quantize_banks(config, params, parse_quantization(storage))
   def check(folder: str) -> None: _check_memory(folder, config, params)
   publish(output, lambda folder: graft.save_adapter(folder, config, params), check)
   if len(own) < len(changes): logger.info('the low-rank changes of the host are not in it; --to peft writes them')
 
 
+def to_quantized(model: Model, output: str, *, storage: str = 'int8') -> tuple[ModelConfig, Any]:
+  """(config, parameters) of what was left: a folder with the host in fewer bits, low-rank changes merged before, and its memories.
+
+  Kernels and tables of banks are stored as `storage`, int8, int4 or nf4; loading never makes floats of them. Raises UserError for what
+  cannot be packed so, and where what was written differs.
+  """
+  merged = merge_model(model)
+  config, params, told = quantize_host(merged.config, merged.params, _storage(merged.params, storage))
+  if any(mixer.kind == 'bank' for mixer in config.mixers.values()):
+    config, params = quantize_banks(config, params, parse_quantization(storage))
+  host_config, host = graft.host_of(config), graft.split_adapter(params, config)[0]
+  tree = config_json(merged.host_config, context=model.texts.context or USUAL_CONTEXT, dtype='float32', given=model.texts.tree,
+                     more=token_ids(model.texts))
+
+  def write(folder: str) -> None:
+    save_quantized(folder, host_config, host)
+    write_json(os.path.join(folder, 'config.json'), tree)
+    write_texts(folder, model.texts)
+    _write_readme(folder, model, merged, f'kernels as {storage}, which memjax reads')
+    if merged.has_memory: graft.save_adapter(folder, config, params)
+
+  def check(folder: str) -> None:
+    found, again = load_quantized(folder)
+    if not _equal(host, again): raise UserError('the packed tensors differ from what was meant')
+    check_texts(model.texts, open_texts(folder))
+    _compare(model, merged, (found, again), '')
+    if merged.has_memory: _check_memory(folder, config, params)
+  publish(output, write, check)
+  logger.info('%s', told.line())
+  return config, params
+
+
+def _storage(params: Any, storage: str) -> QuantConfig:
+  """All kernels but those whose rows the groups do not divide, which stay as they are."""
+  group = PACKED[storage][2]
+  left = [path for path, x in named(params).items() if path.endswith('/kernel') and group and x.shape[-2] % group]
+  if left: logger.info('%d kernels stay float32: groups of %d do not divide their rows', len(left), group)
+  return QuantConfig(storage=storage, exclude=tuple(f'^{re.escape(path)}$' for path in left))
+
+
 def _compare(model: Model, merged: Merged, have: tuple[ModelConfig, Any], dtype: str) -> None:
   """Raises UserError unless the model that was read back is the one in memory; says how close it is."""
-  if path := difference(have[0], plain_config(merged.host_config)): raise UserError(f'config.json makes another model: {path} differs')
+  found = difference(with_quant(have[0], QuantConfig()), plain_config(merged.host_config))
+  if found: raise UserError(f'what was written is another model: {found} differs')
   token_BxL = prompt_tokens(model.texts.words.tokenizer, merged.host_config.vocabulary)
   forward = forward_of(have[0])
-  is_alike = all(getattr(have[0], name) == getattr(merged.host_config, name) for name in graft.LAYOUT)
+  is_alike = all(getattr(have[0], name) == getattr(merged.host_config, name) for name in (*graft.LAYOUT, 'block'))
   want = (forward if is_alike else forward_of(merged.host_config))(merged.host, token_BxL)
   found = check_logits(want, forward(have[1], token_BxL), dtype)
   logger.info('read back: %s; %d linear maps merged', found, merged.maps)
@@ -160,8 +206,9 @@ def _equal(one: Any, other: Any) -> bool:
   return set(one) == set(other) and all(np.array_equal(x, other[path]) for path, x in one.items())
 
 
-def _write_readme(folder: str, model: Model, merged: Merged) -> None:
+def _write_readme(folder: str, model: Model, merged: Merged, how: str = '') -> None:
   facts = [f'{merged.maps} low-rank changes merged'] if merged.maps else ['weights as they were']
+  if how: facts.append(how)
   if merged.has_memory: facts.append(f'memories in {graft.FILE}, which memjax puts onto the host')
   facts += [f'{name} {value}' for name, value in model.record.items()]
   licence = model.texts.licence
