@@ -8,6 +8,7 @@ from flax import linen as nn
 
 from memjax.layers.lora import NOISE, Change, Lora, find_change, find_kernel, multiply
 from memjax.ops.low_rank import as_kernel
+from memjax.ops.quantize import Quantized
 
 
 def kernel_init(std: float = 0.0, *, fan_in: int = 0, zero: bool = False) -> Callable:
@@ -22,7 +23,7 @@ def partitioned(init: Callable, axes: tuple) -> Callable:
 
 
 class Linear(nn.Module):
-  """y = x W + b (+ s (x A) B, or with magnitudes m / ||W + s A B|| (x W + s (x A) B) + b) over the last axis of x.
+  """y = x W + b (+ s (x A) B, or with magnitudes m: m / ||W + s A B|| (x W + s (x A) B) + b) over the last axis of x.
 
   W is [in, features] with logical axes `axes`.
   """
@@ -43,10 +44,9 @@ class Linear(nn.Module):
     kernel, bias = find_kernel(self, init, (fan_in, self.features)), None
     if self.use_bias: bias = self.param('bias', partitioned(nn.initializers.constant(self.bias_init), self.axes[1:]), (self.features,))
     change, x = find_change(self, (fan_in, self.features)), x.astype(self.dtype)
-    y, factor = multiply(x, kernel), None if change is None else change.factor(kernel, self.dtype)
-    if factor is not None: y = _along_last(factor, y) * _changed(self, y, x, change)
-    if bias is not None: y += _along_last(bias.astype(self.dtype), y)
-    return y if factor is not None else _changed(self, y, x, change)
+    product = multiply(x, kernel)
+    y = product if bias is None else product + _along_last(bias.astype(self.dtype), product)
+    return y if change is None else y + _moved(self, change, kernel, x=x, product=product)
 
 
 def _along_last(x_E: jax.Array, y: jax.Array) -> jax.Array:
@@ -60,11 +60,15 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
   return jnp.where(keep, x / jnp.asarray(1.0 - rate, x.dtype), jnp.zeros((), x.dtype))
 
 
-def _changed(module: nn.Module, y: jax.Array, x: jax.Array, change: Change | None) -> jax.Array:
-  """y and the low-rank change, whose input loses a share of its entries where random numbers are given for that."""
-  if change is None: return y
+def _moved(module: nn.Module, change: Change, kernel: jax.Array | Quantized, *, x: jax.Array, product: jax.Array) -> jax.Array:
+  """What the change adds to the output, exactly zero at its start: s (x A) B, or f s (x A) B + (f - 1) x W with the factor f of
+  the magnitudes. x loses a share of its entries before A where random numbers are given for that."""
   rate = module.lora.config.dropout
-  return y + change(dropout(x, rate, module.make_rng(NOISE) if rate and module.has_rng(NOISE) else None))
+  added = change(dropout(x, rate, module.make_rng(NOISE) if rate and module.has_rng(NOISE) else None))
+  growth = change.growth(kernel, x.dtype)
+  if growth is None: return added
+  growth = _along_last(growth, product)
+  return added + growth * (added + product)
 
 
 class Projection(nn.Module):
@@ -96,13 +100,11 @@ class Projection(nn.Module):
     if self.rank: return self.down.astype(self.dtype) @ self.up.astype(self.dtype)
     kernel = as_kernel(self.kernel, self.dtype)
     if self.change is None: return kernel
-    kernel, factor = kernel + self.change(jnp.eye(self.inputs, dtype=self.dtype)), self.change.factor(self.kernel, self.dtype)
-    return kernel if factor is None else kernel * _along_last(factor, kernel)
+    return kernel + _moved(self, self.change, self.kernel, x=jnp.eye(self.inputs, dtype=self.dtype), product=kernel)
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """Returns x W in the compute dtype."""
     x = x.astype(self.dtype)
     if self.rank: return (x @ self.down.astype(self.dtype)) @ self.up.astype(self.dtype)
-    y, factor = multiply(x, self.kernel), None if self.change is None else self.change.factor(self.kernel, self.dtype)
-    y = _changed(self, y, x, self.change)
-    return y if factor is None else y * _along_last(factor, y)
+    y = multiply(x, self.kernel)
+    return y if self.change is None else y + _moved(self, self.change, self.kernel, x=x, product=y)

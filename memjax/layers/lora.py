@@ -13,7 +13,7 @@ from flax import linen as nn
 from memjax.config.errors import UserError
 from memjax.config.lora import LoraConfig, rank_of, scale_of
 from memjax.config.quant import PACKED, QuantConfig, storage_of
-from memjax.ops.low_rank import magnitude_scale
+from memjax.ops.low_rank import magnitude_growth
 from memjax.ops.quantize import Quantized, packed_shapes, quantize, quantized_dot
 
 NONE, FLOAT = LoraConfig(), QuantConfig()
@@ -40,10 +40,10 @@ class Change(NamedTuple):
     """s (x A) B in the dtype of x."""
     return self.scale * ((x @ self.a_DxR.astype(x.dtype)) @ self.b_RxE.astype(x.dtype))
 
-  def factor(self, kernel: jax.Array | Quantized, dtype: jnp.dtype) -> jax.Array | None:
-    """What the outputs of W + s A B are multiplied by, [out]; None without magnitudes."""
+  def growth(self, kernel: jax.Array | Quantized, dtype: jnp.dtype) -> jax.Array | None:
+    """The factor of the outputs of W + s A B, less 1, [out]; None without magnitudes."""
     if self.moved_E is None: return None
-    return magnitude_scale(kernel, self.a_DxR, self.b_RxE, scale=self.scale, moved=self.moved_E).astype(dtype)
+    return magnitude_growth(kernel, self.a_DxR, self.b_RxE, scale=self.scale, moved=self.moved_E).astype(dtype)
 
 
 def path_of(module: nn.Module) -> str:

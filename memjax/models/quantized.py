@@ -73,7 +73,7 @@ def quantize_host(config: ModelConfig, params: dict, quant: QuantConfig) -> tupl
       where = f'{path}{name}'
       if isinstance(leaf, dict): out[name] = walk(leaf, f'{where}/')
       elif name == 'kernel' and f'{where}_codes' in wanted:
-        stored = _pack(leaf, quant.storage)
+        stored = pack_kernel(leaf, quant.storage)
         error[where] = float(relative_error(stored, leaf))
         out |= {CODES: stored.codes, SCALE: stored.scale}
       elif name == 'kernel' and wanted[where].dtype in HALVES:
@@ -98,6 +98,7 @@ def dequantize_host(config: ModelConfig, params: dict) -> tuple[ModelConfig, dic
 def stored_kernel(module: dict, quant: QuantConfig) -> jax.Array | Quantized:
   """The kernel of a linear map as it is stored: numbers [.., in, out], or codes of its transpose."""
   if CODES not in module: return module['kernel']
+  if quant.storage not in PACKED: raise UserError('the kernels are stored as integers; say how, with quant=config.block.quant')
   bits, scheme, group = PACKED[quant.storage]
   width = module[CODES].shape[-1] * (8 // bits)
   return Quantized(module[CODES], module[SCALE], bits=bits, scheme=scheme, group=group, width=width)
@@ -118,7 +119,8 @@ def relative_error(stored: jax.Array | Quantized, kernel: jax.Array) -> jax.Arra
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _pack(kernel: jax.Array, storage: str) -> Quantized:
+def pack_kernel(kernel: jax.Array, storage: str) -> Quantized:
+  """A kernel [.., in, out] as the codes of its transpose."""
   return pack_rows(jnp.swapaxes(kernel, -1, -2), storage)
 
 

@@ -18,11 +18,11 @@ def kernel_norms(kernel):
   return jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(w), -2), TINY))
 
 
-def magnitude_scale(kernel, a, b, *, scale: float, moved):
-  """m / ||V|| [.., E] with V = W + s A B and m = ||W|| + moved; the norms are constants of the gradient (paper, section 4.3).
+def magnitude_growth(kernel, a, b, *, scale: float, moved):
+  """m / ||V|| - 1 [.., E] with V = W + s A B and m = ||W|| + moved; the norms are constants of the gradient (paper, section 4.3).
 
-  Computed as 1 + (moved - c / (||W|| + ||V||)) / ||V|| with c = ||V||^2 - ||W||^2 = sum_r B (2 s A^T W + s^2 A^T A B): where B
-  and `moved` are zero it is 1 exactly, whatever rounds how, and A B is never made.
+  Computed as (moved - c / (||W|| + ||V||)) / ||V|| with c = ||V||^2 - ||W||^2 = sum_r B (2 s A^T W + s^2 A^T A B): where B and
+  `moved` are zero it is exactly zero, whatever rounds how, and A B is never made.
   """
   wide = jnp.promote_types(jnp.float32, moved.dtype)
   w, a, b = jax.lax.stop_gradient((as_kernel(kernel, wide), a.astype(wide), b.astype(wide)))
@@ -30,4 +30,4 @@ def magnitude_scale(kernel, a, b, *, scale: float, moved):
   square = jnp.sum(jnp.square(w), -2)
   grown = jnp.sum(b * (2 * scale * times(a, w) + scale ** 2 * jnp.matmul(times(a, a), b, precision='highest')), -2)
   before, after = (jnp.sqrt(jnp.maximum(x, TINY)) for x in (square, square + grown))
-  return 1 + (moved.astype(wide) - grown / (before + after)) / after
+  return (moved.astype(wide) - grown / (before + after)) / after

@@ -138,18 +138,19 @@ def dequantize(q: Quantized, dtype=jnp.float32):
 def quantized_dot(x, q: Quantized):
   """x W [.., E] in the dtype of x, from x [.., D] and W^T [E, D] as codes: what is stored is read, W is no argument.
 
-  With one scale for each output the product is that of the codes, scaled afterwards; with groups W is written out for this
-  product alone. The gradient reaches x, and only codes and scales are kept for it; those get none.
+  W is written out for this product alone. In less than float32, with one scale for each output, the product is that of the codes,
+  which are exact there, scaled before it is rounded. (Not in float32: a compiler may join the scale with a sum that follows, and equal
+  models would differ in their last bit.) The gradient reaches x; codes and scales get none, and nothing else is kept for it.
   """
   wide = jnp.promote_types(jnp.float32, x.dtype)
-  if q.group or q.scheme == 'nf4': return jnp.einsum('...d,ed->...e', x, dequantize(q, x.dtype))
+  if q.group or q.scheme == 'nf4' or x.dtype == wide: return jnp.einsum('...d,ed->...e', x, dequantize(q, x.dtype))
   y = jnp.einsum('...d,ed->...e', x, _codes(q).astype(x.dtype), preferred_element_type=wide)
   return (y * q.scale.astype(wide).reshape(*(1,) * (y.ndim - 1), -1)).astype(x.dtype)
 
 
 def _quantized_dot_backward(q, dy):
   wide = jnp.promote_types(jnp.float32, dy.dtype)
-  if q.group or q.scheme == 'nf4': return jnp.einsum('...e,ed->...d', dy, dequantize(q, dy.dtype)), None
+  if q.group or q.scheme == 'nf4' or dy.dtype == wide: return jnp.einsum('...e,ed->...d', dy, dequantize(q, dy.dtype)), None
   scaled = (dy * q.scale.astype(wide).reshape(*(1,) * (dy.ndim - 1), -1)).astype(dy.dtype)
   return jnp.einsum('...e,ed->...d', scaled, _codes(q).astype(dy.dtype)), None
 

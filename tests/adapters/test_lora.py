@@ -85,7 +85,7 @@ def test_patterns_choose_kernels_ranks_and_scales(changed):
   adapter = extract(changed, EVERY)
   own = {path for path in named(strip(changed)) if path.endswith('/kernel')}
   assert set(adapter) == {path for path in own if not any(name in path for name in ('/gate/', '/keep/'))} and len(adapter) == 13
-  for path, (a, b, scale) in adapter.items():
+  for path, (a, b, scale, _) in adapter.items():
     rank, alpha = 2 if '/query/' in path else 3, 9 if '/value/' in path else 6
     assert a.shape[-1] == b.shape[-2] == rank == rank_of(EVERY, path) and scale == alpha / rank and alpha == alpha_of(EVERY, path)
   stabilised = dataclasses.replace(EVERY, stabilised=True)
@@ -109,7 +109,7 @@ def test_merged_is_unmerged_and_not_the_host(host, changed):
   assert same(merged, merge(host, [adapter]))
   kept = kernels_of(host, [adapter])
   assert same(unmerge(merged, kept), host) and set(named(kept)) == set(adapter)
-  for path, (a, b, scale) in adapter.items():
+  for path, (a, b, scale, _) in adapter.items():
     exact = np.asarray(named(host)[path], np.float64) + scale * np.asarray(a, np.float64) @ np.asarray(b, np.float64)
     np.testing.assert_allclose(named(merged)[path], exact, atol=2e-6)
 
