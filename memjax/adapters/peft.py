@@ -17,13 +17,16 @@ from memjax.adapters.pretrained import read_json
 from memjax.adapters.safetensors import SafeTensors, write_safetensors
 from memjax.config.errors import ConfigError, UserError, shown
 from memjax.config.lora import LoraConfig, alpha_of, scale_of
+from memjax.config.quant import QuantConfig
 from memjax.config.schema import ModelConfig
 from memjax.models.decoder import build_decoder, param_shapes
+from memjax.models.quantized import with_quant
 
 CONFIG, TENSORS = 'adapter_config.json', 'adapter_model.safetensors'
-STEM, SIDES = 'base_model.model.', ('.lora_A.weight', '.lora_B.weight')
-FIXED = {'bias': 'none', 'fan_in_fan_out': False, 'use_dora': False}
-READ = {'peft_type', 'r', 'lora_alpha', 'lora_dropout', 'use_rslora', 'rank_pattern', 'alpha_pattern', 'init_lora_weights', *FIXED}
+STEM, SIDES, MAGNITUDE = 'base_model.model.', ('.lora_A.weight', '.lora_B.weight'), '.lora_magnitude_vector'
+FIXED = {'bias': 'none', 'fan_in_fan_out': False}
+READ = {'peft_type', 'r', 'lora_alpha', 'lora_dropout', 'use_rslora', 'use_dora', 'rank_pattern', 'alpha_pattern', 'init_lora_weights',
+        *FIXED}
 # What a file may say besides: about its origin, and which modules were meant; the tensors say which there are.
 SAID = {'task_type', 'base_model_name_or_path', 'revision', 'inference_mode', 'auto_mapping', 'peft_version', 'target_modules',
         'exclude_modules', 'layers_to_transform', 'layers_pattern', 'megatron_core', 'qalora_group_size'}
@@ -42,13 +45,15 @@ def save_peft(folder: str, config: ModelConfig, params: dict, *, base: str = '')
 
   `base` is the name or folder of the host. Raises UserError without changes, and for one of a kernel that no checkpoint has.
   """
-  modules, adapter = list(_modules(config)), extract(params, config.block.lora)
+  modules, adapter = list(_modules(config)), extract(params, config.block.lora, config.block.quant)
   if not adapter: raise UserError('the parameters hold no low-rank changes; there is nothing to save')
   for path in sorted(set(adapter) - {module.path for module in modules}):
     raise UserError(f'{path} is no kernel of a Hugging Face model; PEFT has no name for it')
   changed, tensors = [module for module in modules if module.path in adapter], {}
   for name, path, repeat in changed:
-    for side, value in zip(SIDES, adapter[path][:2], strict=True):
+    a, b, _, magnitude = adapter[path]
+    for side, value in zip((*SIDES, MAGNITUDE), (a, b, magnitude), strict=True):
+      if value is None: continue
       tensors[f'{STEM}{name}{side}'] = np.ascontiguousarray(np.asarray(value if repeat < 0 else value[repeat]).T)
   numbers = {name: (adapter[path].a.shape[-1], alpha_of(config.block.lora, path)) for name, path, _ in changed}
   text = json.dumps({'base_model_name_or_path': base} | _settings(config.block.lora, modules, numbers), indent=2)
@@ -65,22 +70,24 @@ def save_peft(folder: str, config: ModelConfig, params: dict, *, base: str = '')
 def load_peft(folder: str, config: ModelConfig) -> tuple[ModelConfig, Adapter]:
   """(config with the file's low-rank changes, the changes in float32) for the host `config`; `insert` puts them into its parameters.
 
-  Raises UserError for a damaged file, for what is not LoRA of linear maps (DoRA, embeddings, whole modules, biases, starts that
+  Raises UserError for a damaged file, for what is not LoRA or DoRA of linear maps (embeddings, whole modules, biases, starts that
   change the host), for modules that the host lacks, and for layers that are scanned together but changed differently.
   """
   path = os.path.join(folder, CONFIG)
   tree, file = read_json(path), SafeTensors(os.path.join(folder, TENSORS))
   _check_settings(tree, path)
-  shapes, parts = param_shapes(build_decoder(config))[0], {}
+  shapes, parts = param_shapes(build_decoder(with_quant(config, QuantConfig())))[0], {}
   known = {module.name: module for module in _modules(config)}
-  for name, a, b in _pairs(file):
+  for name, a, b, magnitude in _changes(file, bool(tree.get('use_dora'))):
     if name not in known: raise UserError(f'{file.path} changes {shown(name)}, which the model does not have')
     rank, alpha = (_pattern(tree[f'{key}_pattern'] or {}, name, tree[default]) for key, default in (('rank', 'r'), ('alpha', 'lora_alpha')))
     *_, inputs, features = functools.reduce(lambda node, key: node[key], known[name].path.split('/'), shapes).shape
     if a.shape != (rank, inputs) or b.shape != (features, rank):
       raise UserError(f'{file.path}: {name} has factors {list(b.shape)} x {list(a.shape)}; '
                       f'its kernel is {[features, inputs]}, its rank {rank}')
-    parts.setdefault(known[name].path, {})[known[name].repeat] = (a, b, rank, float(alpha))
+    if magnitude is not None and magnitude.shape != (features,):
+      raise UserError(f'{file.path}: {name} has magnitudes {list(magnitude.shape)}; its kernel is {[features, inputs]}')
+    parts.setdefault(known[name].path, {})[known[name].repeat] = (a, b, magnitude, rank, float(alpha))
   if not parts: raise UserError(f'{file.path} holds no changes')
   return _joined(config, tree, parts, file.path)
 
@@ -90,24 +97,25 @@ def _joined(config: ModelConfig, tree: dict, parts: Mapping[str, dict[int, tuple
   stacks: dict[str, list] = {}
   for path, rows in parts.items():
     wanted = range(config.repeats) if -1 not in rows else [-1]
-    if set(rows) != set(wanted) or len({row[2:] for row in rows.values()}) > 1:
+    if set(rows) != set(wanted) or len({row[3:] for row in rows.values()}) > 1:
       raise UserError(f'{where} changes the layers of {path} differently; a pattern that repeats has one rank and alpha, '
                       'so write the layers out in config.model.prefix')
     stacks[path] = [rows[number] for number in wanted]
   exact = lambda path: f'^{re.escape(path)}$'
-  numbers = {path: rows[0][2:] for path, rows in stacks.items()}
+  numbers = {path: rows[0][3:] for path, rows in stacks.items()}
   try:
     lora = LoraConfig(
         rank=tree['r'], alpha=float(tree['lora_alpha']), stabilised=bool(tree.get('use_rslora')),
-        dropout=float(tree.get('lora_dropout') or 0), targets=tuple(map(exact, stacks)),
+        dora=bool(tree.get('use_dora')), dropout=float(tree.get('lora_dropout') or 0), targets=tuple(map(exact, stacks)),
         ranks=tuple(f'{exact(path)}={rank}' for path, (rank, _) in numbers.items() if rank != tree['r']),
         alphas=tuple(f'{exact(path)}={_digits(alpha)}' for path, (_, alpha) in numbers.items() if alpha != tree['lora_alpha']))
   except ConfigError as error:
     raise UserError(f'{where}: {error}') from None
   def stack(path, side):
+    if stacks[path][0][side] is None: return None
     rows = [np.asarray(row[side], np.float32).T for row in stacks[path]]
     return jnp.asarray(np.stack(rows) if -1 not in parts[path] else rows[0])
-  return with_lora(config, lora), {path: Factors(stack(path, 0), stack(path, 1), scale_of(lora, path)) for path in stacks}
+  return with_lora(config, lora), {path: Factors(stack(path, 0), stack(path, 1), scale_of(lora, path), stack(path, 2)) for path in stacks}
 
 
 def _modules(config: ModelConfig) -> Iterator[Module]:
@@ -131,8 +139,8 @@ def _settings(lora: LoraConfig, modules: list[Module], numbers: Mapping[str, tup
   return {
       'peft_type': 'LORA', 'task_type': 'CAUSAL_LM', 'r': rank, 'lora_alpha': _plain(alpha), 'lora_dropout': lora.dropout,
       'target_modules': sorted({name.rpartition('.')[2] if short(name) else name for name in numbers}),
-      'rank_pattern': pattern(0, rank), 'alpha_pattern': pattern(1, alpha), 'use_rslora': lora.stabilised, **FIXED,
-      'init_lora_weights': True, 'inference_mode': True, 'modules_to_save': None}
+      'rank_pattern': pattern(0, rank), 'alpha_pattern': pattern(1, alpha), 'use_rslora': lora.stabilised, 'use_dora': lora.dora,
+      **FIXED,      'init_lora_weights': True, 'inference_mode': True, 'modules_to_save': None}
 
 
 def _check_settings(tree: dict, path: str) -> None:
@@ -171,15 +179,16 @@ def _pattern(table: Mapping[str, Any], name: str, usual: Any) -> Any:
   return next((value for pattern, value in table.items() if re.match(rf'(.*\.)?({pattern})$', name)), usual)
 
 
-def _pairs(file: SafeTensors) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-  """(module, A [R, in], B [out, R]). Raises UserError for a tensor that is not one of these two, or is alone."""
+def _changes(file: SafeTensors, is_dora: bool) -> Iterator[tuple[str, np.ndarray, np.ndarray, np.ndarray | None]]:
+  """(module, A [R, in], B [out, R], m [out] or None). Raises UserError for a tensor that is none of these, or is alone."""
+  sides = (*SIDES, MAGNITUDE) if is_dora else SIDES
   for key in sorted(file.entries):
-    side = next((side for side in SIDES if key.endswith(side)), '')
+    side = next((side for side in sides if key.endswith(side)), '')
     if not side or not key.startswith(STEM): raise UserError(f'{file.path} has a tensor that is no factor of a linear map: {shown(key)}')
-    name = key.removeprefix(STEM).removesuffix(side)
-    other = f'{STEM}{name}{SIDES[side == SIDES[0]]}'
-    if other not in file.entries: raise UserError(f'{file.path} lacks the tensor {other}')
-    if side == SIDES[0]: yield name, file.read(key), file.read(other)
+    keys = [f'{STEM}{key.removeprefix(STEM).removesuffix(side)}{other}' for other in sides]
+    for other in keys:
+      if other not in file.entries: raise UserError(f'{file.path} lacks the tensor {other}')
+    if side == SIDES[0]: yield key.removeprefix(STEM).removesuffix(side), *map(file.read, keys), *([] if is_dora else [None])
 
 
 def _plain(value: float) -> int | float:

@@ -22,7 +22,8 @@ LLAMA = family_config(cases()['llama_plain']['config'])
 VARIANTS = {
     'query and value': QUERY_VALUE, 'every kernel': LoraConfig(rank=2, targets=('kernel$',)),
     'patterns': LoraConfig(rank=3, alpha=6.5, stabilised=True, dropout=0.1, targets=('/(query|key|up)/',), ranks=('/key/=2',),
-                           alphas=('/up/=1.25',))}
+                           alphas=('/up/=1.25',)),
+    'magnitudes': LoraConfig(rank=2, targets=('/(query|down)/',), dora=True)}
 
 
 @pytest.mark.parametrize('name', VARIANTS)
@@ -36,10 +37,15 @@ def test_round_trip_through_files(name, tmp_path):
   for path, factors in own.items():
     assert adapter[path].scale == pytest.approx(factors.scale, rel=1e-12)
     assert np.array_equal(adapter[path].a, factors.a) and np.array_equal(adapter[path].b, factors.b)
-  assert same(insert(strip(params), adapter), params)
+    assert np.array_equal(adapter[path].magnitude, factors.magnitude) and (factors.magnitude is not None) == config.block.lora.dora
+  again, flat = named(insert(strip(params), adapter)), named(params)
+  for path, x in flat.items():
+    if path.endswith('/lora_m'): np.testing.assert_allclose(again[path], x, atol=1e-6)      # m = ||W|| + x was rounded
+    else: assert again[path].dtype == x.dtype and np.array_equal(again[path], x)
+  assert again.keys() == flat.keys()
   shapes_of = lambda tree: {path: x.shape for path, x in named(tree).items()}
   assert shapes_of(param_shapes(build_decoder(loaded))[0]) == shapes_of(params)
-  assert (loaded.block.lora.dropout, loaded.block.lora.stabilised) == (config.block.lora.dropout, config.block.lora.stabilised)
+  for name in ('dropout', 'stabilised', 'dora'): assert getattr(loaded.block.lora, name) == getattr(config.block.lora, name)
 
 
 def test_files_are_those_of_the_specification(tmp_path):
@@ -87,7 +93,10 @@ SETTINGS = dict.fromkeys(OFF) | dict.fromkeys(NO, False) | {
     'inference_mode': True, 'peft_version': '0.21.2', 'task_type': 'CAUSAL_LM', 'base_model_name_or_path': 'host'}
 FIRST = KEY.format(0, 'A')
 BAD_FILES = {
-    'another method': ({'peft_type': 'IA3'}, {}, "peft_type is 'IA3'"), 'DoRA': ({'use_dora': True}, {}, 'use_dora=True is not supported'),
+    'another method': ({'peft_type': 'IA3'}, {}, "peft_type is 'IA3'"),
+    'no magnitudes': ({'use_dora': True}, {}, f'lacks the tensor {FIRST[:-14]}.lora_magnitude_vector'),
+    'odd magnitudes': ({'use_dora': True}, {f'{KEY.format(i, "A")[:-14]}.lora_magnitude_vector': np.ones(3 + 29 * i, np.float32)
+                                            for i in range(2)}, 'q_proj has magnitudes [3]; its kernel is [32, 32]'),
     'biases': ({'bias': 'all'}, {}, "bias='all' is not supported"), 'unknown': ({'layer_replication': [[0, 2]]}, {}, 'layer_replication='),
     'modules': ({'modules_to_save': ['lm_head']}, {}, 'modules_to_save='),
     'PiSSA': ({'init_lora_weights': 'pissa'}, {}, 'changes the host'),
