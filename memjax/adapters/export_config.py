@@ -25,18 +25,21 @@ def plain_config(config: ModelConfig) -> ModelConfig:
 
   Raises UserError, naming the memory or the layer, for a model that is not attention and feed-forward networks alone.
   """
+  def full(mixer):
+    return dataclasses.replace(mixer, kv_heads=mixer.kv_heads or mixer.heads, head_width=mixer.head_width or config.width // mixer.heads)
   names, mixers = {}, {}
+  for name in dict.fromkeys(name for layer in config.layers for name in mixer_names(layer)):
+    mixer = config.mixers[name]
+    if not isinstance(mixer, AttentionConfig):
+      raise UserError(f'a checkpoint of Llama, Mistral or Qwen cannot hold the {mixer.kind} memory {name!r} of the model')
+    names[name] = WINDOW if isinstance(mixer, WindowConfig) else ATTENTION
   for layer in config.layers:
-    for name in mixer_names(layer):
-      mixer = config.mixers[name]
-      if not isinstance(mixer, AttentionConfig):
-        raise UserError(f'a checkpoint of Llama, Mistral or Qwen cannot hold the {mixer.kind} memory {name!r} of the model')
-      names[name] = WINDOW if isinstance(mixer, WindowConfig) else ATTENTION
-      full = dataclasses.replace(mixer, kv_heads=mixer.kv_heads or mixer.heads, head_width=mixer.head_width or config.width // mixer.heads)
-      if layer != name or mixers.setdefault(names[name], full) != full:
-        raise UserError(f'a checkpoint of Llama, Mistral or Qwen cannot hold the layer {layer!r} of the model')
+    mixer = config.mixers.get(layer)
+    if not mixer or mixers.setdefault(names[layer], full(mixer)) != full(mixer):
+      raise UserError(f'a checkpoint of Llama, Mistral or Qwen cannot hold the layer {layer!r} of the model')
+  if config.hidden < 0: raise UserError('a checkpoint of Llama, Mistral or Qwen cannot hold a model without feed-forward networks')
   block = dataclasses.replace(config.block, lora=LoraConfig())
-  hidden = config.hidden if config.hidden < 0 else hidden_width(config.width, config.hidden, block.activation)
+  hidden = hidden_width(config.width, config.hidden, block.activation)
   return dataclasses.replace(config, mixers=mixers, hidden=hidden, block=block, grafted=(),
                              **fold([names[layer] for layer in config.layers]))
 
