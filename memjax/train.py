@@ -124,7 +124,6 @@ def train(parts: Parts, workdir: str, values: dict) -> int:
   """Exit status of a whole run: training, then `finish`."""
   import jax
 
-  from memjax.data.tokens import tokenize_split
   from memjax.models.decoder import inference_model
   from memjax.runtime.checkpoint import Checkpoints
   from memjax.runtime.evaluation import make_scorer
@@ -133,8 +132,9 @@ def train(parts: Parts, workdir: str, values: dict) -> int:
   from memjax.runtime.reading import config_hash, run_tags
   from memjax.runtime.seeded import key_fingerprints
   from memjax.runtime.state import make_train_step
-  config = parts.config
-  splits = {s: tokenize_split(config.data, parts.tokenizer, s) for s in ('train', config.evaluation.split, 'test')}
+  from memjax.runtime.workdir import open_labels, read_split
+  config, labels = parts.config, open_labels(parts.config, parts.tokenizer, workdir)
+  splits = {s: read_split(config, parts.tokenizer, s, labels) for s in ('train', config.evaluation.split, 'test')}
   state, early = start(parts, workdir, values, splits['train'].identity)
   score = make_scorer(inference_model(config.model), config, parts.mesh)
   watch = lambda params: score(params, splits[config.evaluation.split], config.evaluation.batches)
@@ -148,14 +148,14 @@ def train(parts: Parts, workdir: str, values: dict) -> int:
     state, status = trainer.run(state, batches_from(parts, splits['train'], int(state.step)))
     if status == DIVERGED: logger.error('lower the learning rate or clip harder; the last good state is checkpoint %d', int(state.step))
     if status != DONE or jax.process_index() > 0: return status
-    finish(parts, workdir, lambda params: score(params, splits['test']), log)
+    finish(parts, workdir, lambda params: score(params, splits['test']), log, labels=labels)
     keep_adapter(parts, workdir)
     print(figures(workdir, splits[config.evaluation.split]) if values['figures'] else os.path.abspath(workdir))
   return status
 
 
-def finish(parts: Parts, workdir: str, score, log) -> None:
-  """Scores the best checkpoint on the test split and samples a text."""
+def finish(parts: Parts, workdir: str, score, log, *, labels=None) -> None:
+  """Scores the best checkpoint on the test split and samples a text, or with `labels` the reply to a message."""
   from memjax.models.decoder import inference_model
   from memjax.runtime.sampling import Sampler, Sampling
   from memjax.runtime.text import Writer
@@ -166,8 +166,9 @@ def finish(parts: Parts, workdir: str, score, log) -> None:
   if e.sample and e.prompt:
     rows = []
     sampler = Sampler(inference_model(parts.config.model), Sampling(temperature=0.8, seed=parts.config.seed))
-    writer = Writer(sampler, params, parts.tokenizer)
-    text = e.prompt + ''.join(piece for _, piece in writer.stream([e.prompt], e.sample, into=rows))
+    chat = {'enter': labels.prompt, 'ends': labels.end_tokens} if labels else {}
+    writer = Writer(sampler, params, parts.tokenizer, **chat)
+    text = e.prompt + ('\n' if labels else '') + ''.join(piece for _, piece in writer.stream([e.prompt], e.sample, into=rows))
     log.text(parts.config.training.steps, 'sample', text)
     print(f'sample:\n{text}')
 
@@ -192,11 +193,11 @@ def figures(workdir: str, tokens) -> str:
 
 def find_rate(config, tokenizer, workdir: str) -> None:
   """Sweeps the learning rate of all groups that are trained and prints the suggestion; W holds only its results."""
-  from memjax.data.tokens import tokenize_split
   from memjax.runtime import lr_finder
   from memjax.runtime.state import make_train_step
+  from memjax.runtime.workdir import open_labels, read_split
   parts = build(config, tokenizer, lr_finder.sweep)
-  tokens = tokenize_split(config.data, tokenizer, 'train')
+  tokens = read_split(config, tokenizer, 'train', open_labels(config, tokenizer, workdir))
   state = first_state(parts)
   step = make_train_step(parts.model, parts.optimizer, config, parts.abstract)
   result = lr_finder.find_rate(step, state, batches_from(parts, tokens, 0), parts.mesh)
@@ -217,7 +218,8 @@ def main(config, values) -> int:
   if not workdir and not dry: raise UserError('--workdir is required: folder of the run')
   if workdir: folder.check_workdir(workdir, {flag: values[flag] for flag in ('resume_from', 'init_from')})
   if config.model.dtype == 'float64': jax.config.update('jax_enable_x64', True)
-  tokenizer = folder.open_tokenizer(config, workdir, values['resume_from'] or values['init_from'])
+  source = values['resume_from'] or values['init_from']
+  tokenizer = folder.open_tokenizer(config, workdir, source)
   config = folder.fill_vocabulary(config, tokenizer)
   if find: return find_rate(config, tokenizer, workdir)
   parts = build(config, tokenizer)
@@ -227,7 +229,7 @@ def main(config, values) -> int:
     return 0
   if jax.process_index() == 0:
     folder.claim(workdir, config)
-    if not os.path.isdir(os.path.join(workdir, folder.TOKENIZER)): tokenizer.save(os.path.join(workdir, folder.TOKENIZER))
+    folder.save_tokenizer(config, tokenizer, workdir, source)
   with jax.set_mesh(parts.mesh): return train(parts, workdir, values)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from memjax.config import attention, lora, mixers, quant, schema
+from memjax.config import attention, chat, lora, mixers, quant, schema
 from memjax.config.banks import BankConfig, BankShapeConfig, RouterConfig
 from memjax.config.codec import clashes, describe, diff, freeze, from_json, read_config, thaw, to_json
 from memjax.config.errors import ConfigError, UserError
@@ -35,6 +35,7 @@ EVERY_KIND = Config(model=ModelConfig(width=64, mixers={kind: cls(key_width=64) 
 MEM, ADDRESS, KEEP = 'model.mixers.mem.', 'model.mixers.mem.address.', 'model.mixers.mem.keep.'
 BINDING, TIERS, FORM = 'model.mixers.mem.binding.', 'model.mixers.mem.tiers.', 'model.mixers.mem.form.'
 GROUP, ROPE, LORA, QUANT = 'optimizer.groups.main.', 'model.mixers.full.rope.', 'model.block.lora.', 'model.block.quant.'
+CHATS = 'training.mode=instruction data.source=path data.path=a data.order=packed'
 
 # Overrides of BASE in words, and the path and text of the refusal. Each rule of mixers.py and schema.py has one at least.
 REFUSED = [
@@ -135,6 +136,13 @@ REFUSED = [
   ('evaluation.every=5 evaluation.min_delta=.1', 'config.evaluation.min_delta applies to early stopping'),
   ('evaluation.context=256', 'config.evaluation.context=256 must be below its length 256'),
   ('training.carry=true', "config.training.carry needs data.order='lanes'"),
+  ('data.chat.train_on=all data.chat.train_on_eot=false', "config.data.chat.train_on_eot=False applies to replies; train_on is 'all'"),
+  ('data.chat.escape=false', "config.data.chat applies to training.mode='instruction'"),
+  ('training.mode=instruction', "config.training.mode='instruction' needs conversations; data.source='shakespeare' has none"),
+  (f'{CHATS} data.order=lanes', "config.training.mode='instruction' needs data.order='packed', not 'lanes'"),
+  (f'{CHATS} data.tokenizer.kind=bpe', "training.mode='instruction' needs data.tokenizer.kind host, file or bytes, not bpe"),
+  (f'{CHATS} data.separator=', "config.data.separator applies to plain text, not to training.mode='instruction'"),
+  (f'{CHATS} evaluation.stream=true', "config.evaluation.stream does not go with training.mode='instruction'"),
   ('model.embedding.position=learned model.embedding.max_position=64', 'config.model.embedding.max_position=64 is below'),
   ('model.embedding.position=learned model.embedding.max_position=256 data.order=lanes',
    "config.data.order='lanes' has no longest row"),
@@ -191,7 +199,7 @@ def rules(module):
       yield node.lineno, ''.join(re.escape(part.value) if isinstance(part, ast.Constant) else '.*' for part in parts)
 
 
-@pytest.mark.parametrize('module', [attention, lora, mixers, quant, schema], ids=lambda module: module.__name__.rpartition('.')[2])
+@pytest.mark.parametrize('module', [attention, chat, lora, mixers, quant, schema], ids=lambda module: module.__name__.rpartition('.')[2])
 def test_every_rule_has_a_case(module, base):
   messages = [refusal(overrides, base) for overrides, _ in REFUSED]
   for build, says in DIRECT:

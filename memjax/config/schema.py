@@ -1,6 +1,7 @@
 """The configuration of a run as frozen dataclasses. Never None: 0, '' or () is off or automatic."""
 import memjax.config.context  # noqa: F401  registers the kind
 from memjax.config.banks import check_bank_width, own_dropout, sees_future, shared_table, table_of
+from memjax.config.chat import ChatConfig, check_mode
 from memjax.config.errors import check_pattern, refuse
 from memjax.config.layout import BARE, mixer_names, stages
 from memjax.config.lora import LoraConfig
@@ -144,6 +145,7 @@ class DataConfig:
   order: str = option('shuffle', 'shuffled windows, one contiguous lane per row, or whole documents packed into rows',
                       choices=('shuffle', 'lanes', 'packed'))
   tokenizer: TokenizerConfig = option(TokenizerConfig(), 'tokens')
+  chat: ChatConfig = option(ChatConfig(), "what is trained on in conversations, with training.mode='instruction'")
   cache: str = option('', "folder of token files; '' = the user's cache folder")
 
   def __post_init__(self):
@@ -155,7 +157,7 @@ class DataConfig:
 @config
 class TrainingConfig:
   """The training loop."""
-  mode: str = option('pretraining', 'what is trained on', choices=('pretraining',))
+  mode: str = option('pretraining', 'plain text, or the replies in conversations', choices=('pretraining', 'instruction'))
   steps: int = option(1000, 'optimiser steps', low=1)
   batch: int = option(16, 'B, rows a step over all devices', low=1)
   length: int = option(256, 'L, tokens a row', low=1)
@@ -278,3 +280,4 @@ class Config:
     refuse(bool(ahead) and self.evaluation.sample > 0 and not self.model.mixers[ahead].router.inference,
            f'model.mixers.{ahead}.router.strategy sees the future and cannot generate; set evaluation.sample=0 or its inference')
     refuse(table > 0 and self.evaluation.stream, "evaluation.stream has no end; it needs model.embedding.position=''")
+    check_mode(self)

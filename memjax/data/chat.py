@@ -175,12 +175,13 @@ class Speller:
     self.pattern = re.compile('|'.join(map(re.escape, special)) or '(?!)')
     self.stand_in = {token: chr(STAND_IN + i) for i, token in enumerate(special)}
     self.spelt = {stand: token for token, stand in self.stand_in.items()}
+    self.hidden = re.compile(f'[{"".join(self.spelt)}]' if special else '(?!)')
     self._bytes: np.ndarray | None = None        # of each token, where a text is the bytes of its tokens
 
   def hide(self, value: Any) -> Any:
     """The messages with private characters for special tokens, wherever there is text. Raises UserError for such characters."""
     if isinstance(value, str):
-      if any(mark in value for mark in (OPEN, CLOSE, *self.spelt)):
+      if OPEN in value or CLOSE in value or self.hidden.search(value):
         raise UserError('a message holds characters of a private plane of Unicode')
       return self.pattern.sub(lambda found: self.stand_in[found[0]], value)
     if isinstance(value, Mapping): return {key: self.hide(one) for key, one in value.items()}
@@ -188,7 +189,13 @@ class Speller:
 
   def show(self, text: str) -> str:
     """The text with special tokens spelt out for private characters."""
-    return ''.join(self.spelt.get(character, character) for character in text) if self.spelt else text
+    return self.hidden.sub(lambda found: self.spelt[found[0]], text)
+
+  def bytes_of(self, text: str) -> np.ndarray:
+    """UTF-8 bytes that each character of a text with hidden special tokens has in `show(text)`."""
+    byte_C = utf8_sizes(text)
+    for found in self.hidden.finditer(text): byte_C[found.start()] = len(self.spelt[found[0]].encode())
+    return byte_C
 
   def tokens(self, text: str) -> np.ndarray:
     """int32 tokens of a text with hidden special tokens."""

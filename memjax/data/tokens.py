@@ -118,9 +118,12 @@ def _build(path: pathlib.Path, key: str, corpus: Corpus, tokenizer: Tokenizer, *
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'{path.name}.')
     try:
       with os.fdopen(handle, 'wb') as file:
-        for document in corpus.documents:
+        for number, document in enumerate(corpus.documents, 1):
           if labels:
-            token_L, weight_L, scored = labels(document)
+            try:
+              token_L, weight_L, scored = labels(document)
+            except UserError as error:
+              raise UserError(f'{corpus.name}, conversation {number} of {corpus.split}: {error}') from None
             rows = np.empty(len(token_L), dtype)
             rows['token'], rows['weight'] = token_L, weight_L
           else: rows, scored = tokenizer.encode(document).astype(dtype), len(document.encode())

@@ -15,12 +15,12 @@ from memjax.config.errors import UserError
 from memjax.config.schema import Config, ModelConfig
 from memjax.data.sources import read_documents
 from memjax.data.tokenizers import Tokenizer, load_tokenizer
-from memjax.data.tokens import Tokens, tokenize_split
+from memjax.data.tokens import Tokens
 from memjax.models.decoder import Decoder, build_decoder, inference_model, param_shapes
 from memjax.models.quantized import quantize_model
 from memjax.runtime.checkpoint import restore_for_reading
 from memjax.runtime.seeded import check_keys
-from memjax.runtime.workdir import CONFIG, TOKENIZER, fill_vocabulary, is_run
+from memjax.runtime.workdir import CONFIG, TOKENIZER, fill_vocabulary, is_run, open_labels, read_split
 
 
 class Run(NamedTuple):
@@ -78,11 +78,12 @@ def read_workdir(workdir: str) -> Config:
 
 
 def read_tokens(found: Run, split: str, file: str = '') -> Tokens:
-  """The tokens of a split of the run's corpus, or those of a text file cut into documents as that corpus is.
+  """The tokens of a split of the run's corpus (conversations, where it was trained on those), or of a text file, cut into documents
+  as a corpus of plain text is.
 
   Raises UserError for a corpus that is gone, an unknown split, an empty or non-UTF-8 file, and a text without tokens.
   """
-  if not file: return tokenize_split(found.config.data, found.tokenizer, split)
+  if not file: return read_split(found.config, found.tokenizer, split, open_labels(found.config, found.tokenizer, found.workdir))
   documents = read_documents(pathlib.Path(file), found.config.data)
   rows = [row for row in map(found.tokenizer.encode, documents) if row.size]
   if not rows: raise UserError(f'{file} has no tokens')

@@ -2,11 +2,15 @@
 import dataclasses
 import json
 import os
+from typing import Any
 
 from memjax.config.codec import clashes, diff, read_config, to_json
 from memjax.config.errors import UserError
 from memjax.config.schema import Config
+from memjax.data.labels import Labels
+from memjax.data.messages import load_chats
 from memjax.data.tokenizers import Tokenizer, load_tokenizer, make_tokenizer
+from memjax.data.tokens import Tokens, tokenize_split
 
 CONFIG, TOKENIZER = 'config.json', 'tokenizer'
 BEFORE = {f'{CONFIG}.tmp', 'lr_finder.json', 'lr_finder.png'}    # what may lie in a folder before its run starts
@@ -15,6 +19,48 @@ BEFORE = {f'{CONFIG}.tmp', 'lr_finder.json', 'lr_finder.png'}    # what may lie 
 def is_run(workdir: str) -> bool:
   """Whether a run was started in this folder."""
   return os.path.isfile(os.path.join(workdir, CONFIG))
+
+
+def has_words(config: Config) -> bool:
+  """Whether the tokenizer of a config may come with a chat template: that of a pretrained model, or a tokenizer.json."""
+  return config.data.tokenizer.kind in ('host', 'file')
+
+
+def open_words(config: Config, tokenizer: Tokenizer, *workdirs: str) -> Any:
+  """The Words beside the tokenizer saved in the first of `workdirs` that has one, else those of the config."""
+  from memjax.runtime import words  # needs the extra `text`
+  for folder in (os.path.join(path, TOKENIZER) for path in workdirs if path):
+    if os.path.isfile(os.path.join(folder, words.SETTINGS)): return words.saved_words(folder, tokenizer)
+  if config.data.tokenizer.kind == 'host': return words.open_words(config.training.host)
+  return words.beside(config.data.tokenizer.path, tokenizer)
+
+
+def open_labels(config: Config, tokenizer: Tokenizer, *workdirs: str) -> Labels | None:
+  """What makes tokens of conversations and says which are trained on; None where the run reads plain text.
+
+  Without a chat template messages are told apart by their roles. Raises UserError as `Labels` does.
+  """
+  if config.training.mode == 'pretraining': return None
+  if not has_words(config): return Labels(tokenizer, None, (), config.data.chat)
+  words = open_words(config, tokenizer, *workdirs)
+  return Labels(tokenizer, words.template, words.end_texts, config.data.chat)
+
+
+def read_split(config: Config, tokenizer: Tokenizer, split: str, labels: Labels | None) -> Tokens:
+  """The tokens of a split of the text or the conversations of a config."""
+  corpus = load_chats(config.data, split) if labels else None
+  return tokenize_split(config.data, tokenizer, split, corpus, labels=labels)
+
+
+def save_tokenizer(config: Config, tokenizer: Tokenizer, workdir: str, source: str = '') -> None:
+  """Leaves the tokenizer in the folder of a run, with its chat template, unless they are there."""
+  folder = os.path.join(workdir, TOKENIZER)
+  if os.path.isdir(folder): return
+  words = open_words(config, tokenizer, source) if has_words(config) else None
+  tokenizer.save(folder)
+  if not words: return
+  from memjax.runtime.words import save_words
+  save_words(folder, words)
 
 
 def open_tokenizer(config: Config, workdir: str, source: str = '') -> Tokenizer:
