@@ -12,9 +12,12 @@ from memjax.ops.rope import frequencies, magnitude, rotate
 
 @struct.dataclass
 class AttentionState:
-  """The last M written keys and values; token number r (from 1) lives in slot (r - 1) % M. Slots never written are zero."""
-  k_BxMxGxK: jax.Array
-  v_BxMxGxK: jax.Array
+  """The last M written keys and values; token number r (from 1) lives in slot (r - 1) % M. Slots never written are zero.
+
+  The heads stand before the slots, so that reading a ring is one batched product and needs no copy of it.
+  """
+  k_BxGxMxK: jax.Array
+  v_BxGxMxK: jax.Array
   count_B: jax.Array
 
 
@@ -56,7 +59,7 @@ class Attention(Memory):
 
   def init_state(self, batch: int, max_len: int = 0) -> AttentionState:
     """An empty ring of `capacity(max_len)` slots."""
-    shape = (batch, self.capacity(max_len), self.groups, self.head_width)
+    shape = (batch, self.groups, self.capacity(max_len), self.head_width)
     return AttentionState(jnp.zeros(shape, self.state_dtype), jnp.zeros(shape, self.state_dtype), jnp.zeros((batch,), jnp.int32))
 
   def project(self, x_BxLxD: jax.Array, position_BxL: jax.Array) -> AttentionInputs:
@@ -71,18 +74,18 @@ class Attention(Memory):
 
   def write(self, state: AttentionState, inputs: AttentionInputs) -> AttentionState:
     """Puts one key and value over the oldest slot."""
-    rows, slot_B = jnp.arange(state.count_B.shape[0]), state.count_B % state.k_BxMxGxK.shape[1]
-    put = lambda ring, new: ring.at[rows, slot_B].set(new.astype(ring.dtype))
-    return AttentionState(put(state.k_BxMxGxK, inputs.k_BxLxGxK), put(state.v_BxMxGxK, inputs.v_BxLxGxK), state.count_B + 1)
+    rows, slot_B = jnp.arange(state.count_B.shape[0]), state.count_B % state.k_BxGxMxK.shape[2]
+    put = lambda ring, new: ring.at[rows, :, slot_B].set(new.astype(ring.dtype))
+    return AttentionState(put(state.k_BxGxMxK, inputs.k_BxLxGxK), put(state.v_BxGxMxK, inputs.v_BxLxGxK), state.count_B + 1)
 
   def read(self, state: AttentionState, inputs: AttentionInputs) -> jax.Array:
     """Attends with one query over the filled slots."""
-    y_BxHxK = attend_ring(inputs.q_BxLxHxK, state.k_BxMxGxK, state.v_BxMxGxK, state.count_B)
+    y_BxHxK = attend_ring(inputs.q_BxLxHxK, state.k_BxGxMxK, state.v_BxGxMxK, state.count_B)
     return y_BxHxK.reshape(y_BxHxK.shape[0], -1)
 
   def step(self, state, inputs, mask_B=None, *, write_mask_B=None, reset_B=None):
     """One token against the ring; without a ring (max_len 0) it sees itself alone."""
-    if state.k_BxMxGxK.shape[1]: return super().step(state, inputs, mask_B, write_mask_B=write_mask_B, reset_B=reset_B)
+    if state.k_BxGxMxK.shape[2]: return super().step(state, inputs, mask_B, write_mask_B=write_mask_B, reset_B=reset_B)
     row = lambda tree: jax.tree.map(lambda a: a[:, None], tree)
     state, y_Bx1xE = self.parallel(state, row(inputs), row(mask_B), write_mask_BxL=row(write_mask_B), reset_BxL=row(reset_B))
     return state, y_Bx1xE[:, 0]
@@ -90,28 +93,29 @@ class Attention(Memory):
   def parallel(self, state, inputs, mask_BxL=None, *, write_mask_BxL=None, reset_BxL=None):
     """All queries against the ring and each other at once."""
     B, L = inputs.q_BxLxHxK.shape[:2]
-    M = state.k_BxMxGxK.shape[1]
+    M = state.k_BxGxMxK.shape[2]
     reset_BxL = real_resets(reset_BxL, mask_BxL)
     wrote_BxL = both(mask_BxL, write_mask_BxL)
     wrote_BxL = jnp.ones((B, L), bool) if wrote_BxL is None else wrote_BxL
     segment_BxL = jnp.zeros((B, L), jnp.int32) if reset_BxL is None else jnp.cumsum(reset_BxL.astype(jnp.int32), 1)
-    past = self._past(state)
-    keys, values, see_past_BxM = (jnp.concatenate([p, n], 1) for p, n in zip(past, (
-        inputs.k_BxLxGxK.astype(self.state_dtype), inputs.v_BxLxGxK.astype(self.state_dtype), wrote_BxL), strict=True))
+    *past, see_past_BxM = self._past(state)
+    keys, values = (jnp.concatenate([old, jnp.swapaxes(new, 1, 2).astype(self.state_dtype)], 2)
+                    for old, new in zip(past, (inputs.k_BxLxGxK, inputs.v_BxLxGxK), strict=True))
+    see_BxM = jnp.concatenate([see_past_BxM, wrote_BxL], 1)
     segment_BxM = jnp.pad(segment_BxL, ((0, 0), (M, 0)))
     dense = mask_BxL is not None or write_mask_BxL is not None
-    y = self._look(inputs.q_BxLxHxK, keys, values, see_BxM=see_past_BxM, segment_BxM=segment_BxM, past=M, dense=dense)
+    y = self._look(inputs.q_BxLxHxK, keys, values, see_BxM=see_BxM, segment_BxM=segment_BxM, past=M, dense=dense)
     y_BxLxE = y.reshape(B, L, -1)
     if mask_BxL is not None: y_BxLxE = jnp.where(mask_BxL[..., None], y_BxLxE, 0)
     return self._store(state, inputs, wrote_BxL, segment_BxL), y_BxLxE
 
   def _past(self, state):
     """The ring, oldest first, and which of its entries exist."""
-    M = state.k_BxMxGxK.shape[1]
+    M = state.k_BxGxMxK.shape[2]
     rank_BxM = state.count_B[:, None] - M + 1 + jnp.arange(M)[None]
     slot = jnp.where(rank_BxM > 0, (rank_BxM - 1) % max(M, 1), 0)
-    take = lambda ring: jnp.take_along_axis(ring, slot[..., None, None], 1)
-    return take(state.k_BxMxGxK), take(state.v_BxMxGxK), rank_BxM > 0
+    take = lambda ring: jnp.take_along_axis(ring, slot[:, None, :, None], 2)
+    return take(state.k_BxGxMxK), take(state.v_BxGxMxK), rank_BxM > 0
 
   def _look(self, q, keys, values, *, see_BxM, segment_BxM, past, dense):
     """Dense scores: a query sees written keys of its segment, at most `past` back where a ring limits the reach."""
@@ -127,7 +131,7 @@ class Attention(Memory):
 
   def _store(self, state, inputs, wrote_BxL, segment_BxL):
     """The ring after the call: the last M written tokens of each row's last segment."""
-    M, last_B = state.k_BxMxGxK.shape[1], segment_BxL[:, -1]
+    M, last_B = state.k_BxGxMxK.shape[2], segment_BxL[:, -1]
     kept_BxL = wrote_BxL & (segment_BxL == last_B[:, None])
     start_B = jnp.where(last_B == 0, state.count_B, 0)
     rank_BxL = start_B[:, None] + jnp.cumsum(kept_BxL.astype(jnp.int32), 1)
@@ -137,8 +141,8 @@ class Attention(Memory):
     rows = jnp.arange(slot.shape[0])[:, None]
     def put(ring, new):
       ring = jnp.where((last_B == 0)[:, None, None, None], ring, 0)
-      return ring.at[rows, slot].set(new.astype(ring.dtype), mode='drop')
-    return AttentionState(put(state.k_BxMxGxK, inputs.k_BxLxGxK), put(state.v_BxMxGxK, inputs.v_BxLxGxK), count_B)
+      return ring.at[rows, :, slot].set(new.astype(ring.dtype), mode='drop')
+    return AttentionState(put(state.k_BxGxMxK, inputs.k_BxLxGxK), put(state.v_BxGxMxK, inputs.v_BxLxGxK), count_B)
 
   def readout(self, x_BxLxD: jax.Array, y_BxLxE: jax.Array) -> jax.Array:
     """Output projection."""
