@@ -18,7 +18,8 @@ from memjax.config.flags import Flag, run
 FLAGS = (
     Flag('workdir', str, None, 'folder of the training run'),
     Flag('step', int, 0, 'checkpoint; 0 = the best, else the newest', low=0),
-    Flag('quantize', str, '', "stores banks as int8, int4 or nf4 (with '/kv': their keys and values); '' = as trained"),
+    Flag('quantize', str, '', "int8, int4 or nf4: stores the tables of memories so ('/kv': their keys and values; '/host': kernels of "
+                              "linear maps); '' = as trained"),
     Flag('split', str, 'test', 'split of the corpus', choices=('train', 'val', 'test')),
     Flag('text', str, '', 'UTF-8 file to score instead of a split'),
     Flag('context', int, -1, 'tokens of each row that only give context; -1 = that of the config', low=-1),

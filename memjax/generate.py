@@ -22,7 +22,8 @@ FLAGS = (
     Flag('model', str, '', 'GGUF file, or folder of config.json, safetensors and tokenizer.json: a Llama, Mistral, Qwen2 or Qwen3'),
     Flag('chat', bool, False, "prompts are messages of a user, written as the model's chat template says; with --model"),
     Flag('step', int, 0, 'checkpoint; 0 = the best, else the newest', low=0),
-    Flag('quantize', str, '', "stores banks as int8, int4 or nf4 (with '/kv': their keys and values); '' = as trained"),
+    Flag('quantize', str, '', "int8, int4 or nf4: stores the tables of a run's memories so ('/kv': their keys and values; '/host': kernels "
+                              "of linear maps), or the kernels of --model; '' = as they are"),
     Flag('prompt', str, doc='text to continue', repeated=True),
     Flag('prompt_file', str, '', 'UTF-8 file whose whole text is one more prompt'),
     Flag('max_new_tokens', int, 200, 'tokens drawn for each prompt', low=1),
@@ -63,8 +64,7 @@ def check_choice(values: dict) -> None:
   if bool(values['workdir']) == bool(values['model']):
     raise UserError('give either --workdir, the folder of a training run, or --model, a GGUF file or a folder of a checkpoint')
   if values['workdir'] and values['chat']: raise UserError('--chat goes with --model; a training run has no chat template')
-  for name in ('step', 'quantize'):
-    if values['model'] and values[name]: raise UserError(f'--{name} goes with --workdir, not with --model')
+  if values['model'] and values['step']: raise UserError('--step goes with --workdir, not with --model')
 
 
 def stream(writer, prompts: Sequence[str], max_new_tokens: int, *, is_chat: bool = False) -> list:
@@ -93,7 +93,7 @@ def open_writer(values: dict, sampling) -> tuple:
     ends, source, enter, limit = ends_of(found.tokenizer), {'workdir': found.workdir, 'step': found.step, 'config': found.name}, None, 0
   else:
     from memjax.runtime.host import open_host
-    found = open_host(values['model'])
+    found = open_host(values['model'], quantize=values['quantize'])
     ends, source, enter = found.ends, {'model': found.path, 'chat': values['chat']}, found.encode_chat if values['chat'] else found.encode
     limit = found.context
   sampler = Sampler(found.model, sampling)

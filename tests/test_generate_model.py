@@ -5,8 +5,13 @@ import numpy as np
 import pytest
 
 from memjax import generate
+from memjax.adapters.pretrained import load_pretrained
+from memjax.adapters.quantized import save_quantized
 from memjax.config.flags import call
+from memjax.config.quant import QuantConfig
 from memjax.data.gguf_tokenizer import gguf_tokenizer
+from memjax.layers.tree import named
+from memjax.models.quantized import quantize_host
 from memjax.runtime.host import open_host
 from tests.adapters.files import cases, tensors_of, write_folder
 from tests.adapters.gguf_files import TEMPLATE, VOCABULARY, write_case
@@ -25,6 +30,14 @@ def place(tmp_path_factory):
   config = {'bos_token': '<|im_start|>', 'eos_token': {'content': '<|im_end|>'}, 'chat_template': TEMPLATE}
   (root / 'm' / 'tokenizer_config.json').write_text(json.dumps(config))
   return root
+
+
+@pytest.fixture(scope='module')
+def packed(place):
+  """The folder packed/: the same model as save_quantized writes it, with what belongs beside it."""
+  folder = place / 'packed'
+  save_quantized(str(folder), *quantize_host(*load_pretrained(str(place / 'm')), QuantConfig(storage='int8'))[:2])
+  for name in ('config.json', 'tokenizer.json', 'tokenizer_config.json'): (folder / name).write_text((place / 'm' / name).read_text())
 
 
 @pytest.fixture
@@ -56,6 +69,17 @@ def test_a_chat_prints_replies_alone(do, place):
   assert do('--model=PLACE/m.gguf', f'--prompt={template}', *WORDS) == template + out
 
 
+def test_a_quantised_host_writes_the_same_from_its_folder(do, place, packed):
+  """Packed as a file or a folder is read, or read packed: the same model, which is not the float one."""
+  del packed
+  out = do('--model=PLACE/m.gguf', '--quantize=int8', '--prompt=the bat', *WORDS)
+  assert do('--model=PLACE/m', '--quantize=int8/host', '--prompt=the bat', *WORDS) == out
+  assert do('--model=PLACE/packed', '--prompt=the bat', *WORDS) == out
+  float_params, own = open_host(str(place / 'm')).params, open_host(str(place / 'packed')).params
+  kernels = {path for path in named(float_params) if path.endswith('/kernel') and path != 'head/kernel'}
+  assert {f'{path}_codes' for path in kernels} < set(named(own)) and not kernels & set(named(own))
+
+
 def test_what_enters_the_model(place):
   """bos only where the tokenizer says so, in a chat never twice; ends from the metadata and from config.json."""
   hosts = {name: open_host(str(place / name)) for name in ('m.gguf', 'm')}
@@ -76,7 +100,10 @@ REFUSED = [
   ('both', ('--model=PLACE/m.gguf', '--workdir=PLACE'), 'give either --workdir, the folder of a training run, or --model'),
   ('chat with a run', ('--workdir=PLACE', '--chat'), '--chat goes with --model'),
   ('step', ('--model=PLACE/m', '--step=1'), '--step goes with --workdir'),
-  ('quantize', ('--model=PLACE/m', '--quantize=int8'), '--quantize goes with --workdir'),
+  ('quantize tables', ('--model=PLACE/m', '--quantize=int8/kv'), '--quantize=int8/kv is for the tables of memories; a pretrained'),
+  ('quantize to', ('--model=PLACE/m', '--quantize=int3'), '--quantize=int3 is not one of int8, int4, nf4'),
+  ('quantize rows', ('--model=PLACE/m.gguf', '--quantize=nf4'), 'mlp/down/kernel cannot be stored as nf4: quantisation groups'),
+  ('quantize twice', ('--model=PLACE/packed', '--quantize=int8'), 'quantized.safetensors is stored as int8 already'),
   ('missing', ('--model=PLACE/no.gguf',), 'PLACE/no.gguf cannot be read: No such file'),
   ('no model', ('--model=PLACE/m/config.json',), 'is not a GGUF file'),
   ('folder without a model', ('--model=PLACE',), 'PLACE/tokenizer.json: No such file'),
@@ -89,7 +116,8 @@ REFUSED = [
 
 
 @pytest.fixture(scope='module')
-def spoilt(place):
+def spoilt(place, packed):
+  del packed
   write_case(place / 'plain.gguf', CASE, tokenizer__chat_template=None)
   write_case(place / 'pre.gguf', CASE, tokenizer__ggml__pre='other')
   tokens = [*VOCABULARY['tokenizer.ggml.tokens'], 'I', 'J', 'K', 'L', 'M', 'N', 'O', 'P', 'Q']

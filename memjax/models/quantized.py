@@ -48,6 +48,13 @@ def parse_quantization(name: str, default: str = 'bank') -> BankQuantConfig | Qu
   return BankQuantConfig(bits=bits, scheme=kind, group=group, target=target)
 
 
+def kernel_quantization(name: str) -> QuantConfig:
+  """The config of 'int8', 'int4' or 'nf4' for a host, which has no tables. UserError for other names."""
+  quant = parse_quantization(name, 'host')
+  if isinstance(quant, QuantConfig): return quant
+  raise UserError(f'--quantize={name} is for the tables of memories; a pretrained model has none')
+
+
 def quantize_model(config: ModelConfig, params: dict, name: str, default: str = 'bank') -> tuple[ModelConfig, dict]:
   """(config, parameters) with banks or kernels stored as `parse_quantization` understands `name`. Raises UserError as its parts do."""
   quant = parse_quantization(name, default)
