@@ -63,7 +63,6 @@ def check_choice(values: dict) -> None:
   """Raises UserError unless there is one model, and no flag that belongs to the other kind."""
   if bool(values['workdir']) == bool(values['model']):
     raise UserError('give either --workdir, the folder of a training run, or --model, a GGUF file or a folder of a checkpoint')
-  if values['workdir'] and values['chat']: raise UserError('--chat goes with --model; a training run has no chat template')
   if values['model'] and values['step']: raise UserError('--step goes with --workdir, not with --model')
 
 
@@ -91,6 +90,10 @@ def open_writer(values: dict, sampling) -> tuple:
     from memjax.runtime.reading import open_run
     found = open_run(values['workdir'], values['step'], values['quantize'])
     ends, source, enter, limit = ends_of(found.tokenizer), {'workdir': found.workdir, 'step': found.step, 'config': found.name}, None, 0
+    if values['chat']:
+      from memjax.runtime.workdir import open_chat
+      labels = open_chat(found.config, found.tokenizer, found.workdir)
+      ends, enter = labels.end_tokens, labels.prompt
   else:
     from memjax.runtime.host import open_host
     found = open_host(values['model'], quantize=values['quantize'])

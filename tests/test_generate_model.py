@@ -15,6 +15,7 @@ from memjax.models.quantized import quantize_host
 from memjax.runtime.host import open_host
 from tests.adapters.files import cases, tensors_of, write_folder
 from tests.adapters.gguf_files import TEMPLATE, VOCABULARY, write_case
+from tests.pieces import make_workdir, small_config
 
 CASE = 'llama_plain'
 WORDS = ('--max_new_tokens=12', '--temperature=0')
@@ -98,7 +99,7 @@ def test_what_enters_the_model(place):
 
 REFUSED = [
   ('both', ('--model=PLACE/m.gguf', '--workdir=PLACE'), 'give either --workdir, the folder of a training run, or --model'),
-  ('chat with a run', ('--workdir=PLACE', '--chat'), '--chat goes with --model'),
+  ('chat with a run', ('--workdir=PLACE/run', '--chat'), 'the tokenizer of the run has no chat template'),
   ('step', ('--model=PLACE/m', '--step=1'), '--step goes with --workdir'),
   ('quantize tables', ('--model=PLACE/m', '--quantize=int8/kv'), '--quantize=int8/kv is for the tables of memories; a pretrained'),
   ('quantize to', ('--model=PLACE/m', '--quantize=int3'), '--quantize=int3 is not one of int8, int4, nf4'),
@@ -118,6 +119,7 @@ REFUSED = [
 @pytest.fixture(scope='module')
 def spoilt(place, packed):
   del packed
+  make_workdir(place / 'run', small_config(place))
   write_case(place / 'plain.gguf', CASE, tokenizer__chat_template=None)
   write_case(place / 'pre.gguf', CASE, tokenizer__ggml__pre='other')
   tokens = [*VOCABULARY['tokenizer.ggml.tokens'], 'I', 'J', 'K', 'L', 'M', 'N', 'O', 'P', 'Q']

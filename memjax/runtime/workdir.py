@@ -36,14 +36,19 @@ def open_words(config: Config, tokenizer: Tokenizer, *workdirs: str) -> Any:
 
 
 def open_labels(config: Config, tokenizer: Tokenizer, *workdirs: str) -> Labels | None:
-  """What makes tokens of conversations and says which are trained on; None where the run reads plain text.
+  """What makes tokens of conversations and says which are trained on; None where the run reads plain text."""
+  return None if config.training.mode == 'pretraining' else open_chat(config, tokenizer, *workdirs)
 
-  Without a chat template messages are told apart by their roles. Raises UserError as `Labels` does.
+
+def open_chat(config: Config, tokenizer: Tokenizer, *workdirs: str) -> Labels:
+  """How a run writes conversations: by the template of its tokenizer, or by roles where it has none and was trained on them.
+
+  Raises UserError for plain text without a template, and as `Labels` does.
   """
-  if config.training.mode == 'pretraining': return None
-  if not has_words(config): return Labels(tokenizer, None, (), config.data.chat)
-  words = open_words(config, tokenizer, *workdirs)
-  return Labels(tokenizer, words.template, words.end_texts, config.data.chat)
+  words = open_words(config, tokenizer, *workdirs) if has_words(config) else None
+  if words and words.template: return Labels(tokenizer, words.template, words.end_texts, config.data.chat)
+  if config.training.mode == 'pretraining': raise UserError('the tokenizer of the run has no chat template')
+  return Labels(tokenizer, None, (), config.data.chat)
 
 
 def read_split(config: Config, tokenizer: Tokenizer, split: str, labels: Labels | None) -> Tokens:
