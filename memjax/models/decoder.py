@@ -60,11 +60,13 @@ class Decoder(nn.Module):
   @nn.compact
   def __call__(self, token_BxL: jax.Array, state: dict, *, position_BxL: jax.Array, mask_BxL: jax.Array | None = None,
                write_mask_BxL: jax.Array | None = None, reset_BxL: jax.Array | None = None, key: jax.Array | None = None,
-               prepared: dict | None = None, collect: bool = False, remat: bool = False) -> tuple[jax.Array, dict, dict]:
+               prepared: dict | None = None, collect: bool = False, remat: bool = False,
+               last: bool = False) -> tuple[jax.Array, dict, dict]:
     """(logits [B, L, A] in float32 at least, state, aux).
 
     A document starts where `position_BxL` is 0 (or where `reset_BxL` says). `key` switches dropout and replay on.
-    `prepared` is what `prepare_memories` gave for these parameters, None = computed in this call.
+    `prepared` is what `prepare_memories` gave for these parameters, None = computed in this call. `last`: logits [B, 1, A] of
+    the last token alone.
     aux: float32 scalars averaged over the memories that report them, 'penalty' among them; 'load', the use of chapters by
     layer, where a selection bias asks for it; with `collect` also 'layers'.
     """
@@ -80,6 +82,7 @@ class Decoder(nn.Module):
     for number, part in enumerate(stacks(c)):
       x_BxLxD, (new[part], aux[part]) = self._stack(part, remat, collect)(
           x_BxLxD, state[part], (self._keys(part, fold(key, number + 1)), (prepared or {}).get(part, {})), flow)
+    if last: x_BxLxD = x_BxLxD[:, -1:]
     x_BxLxD = make_norm(c.block.norm, epsilon=c.block.norm_epsilon, dtype=dtype, name='norm')(x_BxLxD)
     if c.embedding.tie: logits_BxLxA = embed.attend(x_BxLxD)
     else:

@@ -1,6 +1,6 @@
 """Text from a model: one parallel prefill, then one token at a time at constant memory (for recurrent memories)."""
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -105,67 +105,129 @@ def pad_left(prompts: Sequence[np.ndarray], segment: int) -> tuple[np.ndarray, n
   return token_BxL, np.maximum(np.cumsum(mask_BxL, 1, dtype=np.int32) - 1, 0), mask_BxL
 
 
+class Carry(NamedTuple):
+  """Rows in the middle of their text, on the device."""
+  logits_BxA: jax.Array              # of the next token
+  state: Any
+  position_B: jax.Array              # of the next token
+  count: jax.Array                   # tokens drawn so far
+  done_B: jax.Array                  # whether an end was drawn
+
+
+class Session(NamedTuple):
+  """Rows in the middle of their text: what entered the model, and how much more may."""
+  carry: Carry
+  length: int                        # tokens of the longest row
+  room: int                          # tokens that a row may have
+
+
 class Sampler:
   """Draws tokens from one model in one way; compiles once per batch size and prompt bucket, for all its calls.
 
-  `chunk` tokens are drawn, and up to `segment` of a prompt read, in one call; tokens from `limit` on are never drawn.
+  `chunk` tokens are drawn, and up to `segment` of a prompt read, in one call; tokens from `limit` on are never drawn. Drawing
+  stops where every row has drawn one of `ends`; a row that had its end is filled up with the first of them.
   """
 
-  def __init__(self, model: Any, sampling: Sampling = Sampling(), *, chunk: int = CHUNK, segment: int = SEGMENT, limit: int = 0):
+  def __init__(self, model: Any, sampling: Sampling = Sampling(), *, chunk: int = CHUNK, segment: int = SEGMENT, limit: int = 0,
+               ends: Sequence[int] = ()):
     self.model, self.sampling, self.chunk, self.segment = model, sampling, chunk, segment
-    self.vocabulary = limit or model.config.vocabulary
-    self._compute = jax.jit(lambda params: prepare_memories(model, params))
-    self._prepared: tuple[list, Any] = [], None                  # the arrays that it was computed from, and what came out
+    self.vocabulary, self.ends = limit or model.config.vocabulary, tuple(dict.fromkeys(ends))
+    self.compute = jax.jit(lambda params: prepare_memories(model, params))
     self.prefill = jax.jit(self._prefill, donate_argnums=1)
-    self.decode = jax.jit(self._decode, donate_argnums=1)
+    self.decode = jax.jit(self._decode, donate_argnums=2)
+    self._prepared: tuple[list, Any] = [], None                  # the arrays that it was computed from, and what came out
+    self._others: dict[tuple, Sampler] = {}
 
-  def within(self, vocabulary: int) -> 'Sampler':
-    """This sampler, or one like it where the model has more tokens than the tokenizer."""
-    if vocabulary >= self.vocabulary: return self
-    return Sampler(self.model, self.sampling, chunk=self.chunk, segment=self.segment, limit=vocabulary)
+  def within(self, vocabulary: int, ends: Sequence[int] = ()) -> 'Sampler':
+    """This sampler, or one like it where the model has more tokens than the tokenizer, or where `ends` are others."""
+    limit, ends = min(vocabulary, self.vocabulary), tuple(dict.fromkeys(ends)) or self.ends
+    if (limit, ends) == (self.vocabulary, self.ends): return self
+    if (limit, ends) not in self._others:
+      self._others[limit, ends] = Sampler(self.model, self.sampling, chunk=self.chunk, segment=self.segment, limit=limit, ends=ends)
+    return self._others[limit, ends]
 
   def prepare(self, params: Any) -> Any:
     """What the memories compute from parameters alone; computed again only where these are not the arrays of the last call."""
     leaves, (known, _) = jax.tree.leaves(params), self._prepared
     if len(known) != len(leaves) or any(a is not b for a, b in zip(known, leaves, strict=True)):
-      self._prepared = leaves, self._compute(params)
+      self._prepared = leaves, self.compute(params)
     return self._prepared[1]
 
   def _prefill(self, params, state, token_BxL, flow):
-    logits_BxLxA, state, _ = self.model.apply({'params': params}, token_BxL, state, **flow)
-    return logits_BxLxA[:, -1, :self.vocabulary], state
+    logits_BxLxA, state, _ = self.model.apply({'params': params}, token_BxL, state, last=True, **flow)
+    return logits_BxLxA[:, 0, :self.vocabulary], state
 
-  def _decode(self, params, carry, row_B):
-    *carry, prepared = carry
+  def _decode(self, params, prepared, carry, row_B, steps):
+    """(carry, tokens [B, chunk], how many of them were drawn)."""
     def body(carry, _):
-      logits_BxA, state, position_B, count = carry
-      token_B = draw(logits_BxA, self.sampling, row_B, count)
-      flow = {'position_BxL': position_B[:, None], 'prepared': prepared}
-      logits_BxA, state = self._prefill(params, state, token_B[:, None], flow)
-      return (logits_BxA, state, position_B + 1, count + 1), token_B
-    carry, token_NxB = jax.lax.scan(body, tuple(carry), None, length=self.chunk)
-    return (*carry, prepared), token_NxB.T
+      token_B = draw(carry.logits_BxA, self.sampling, row_B, carry.count)
+      done_B = carry.done_B
+      if self.ends:
+        token_B = jnp.where(done_B, jnp.int32(self.ends[0]), token_B)
+        done_B |= (token_B[:, None] == jnp.asarray(self.ends, jnp.int32)[None]).any(-1)
+      flow = {'position_BxL': carry.position_B[:, None], 'prepared': prepared}
+      logits_BxA, state = self._prefill(params, carry.state, token_B[:, None], flow)
+      return Carry(logits_BxA, state, carry.position_B + 1, carry.count + 1, done_B), token_B
+    if not self.ends:
+      carry, token_NxB = jax.lax.scan(body, carry, None, length=self.chunk)
+      return carry, token_NxB.T, jnp.int32(self.chunk)
+    def more(loop): return (loop[1] < steps) & ~loop[0].done_B.all()
+    def step(loop):
+      carry, token_B = body(loop[0], None)
+      return carry, loop[1] + 1, jax.lax.dynamic_update_index_in_dim(loop[2], token_B, loop[1], 1)
+    carry, drawn, token_BxN = jax.lax.while_loop(more, step, (carry, jnp.int32(0), jnp.zeros((row_B.size, self.chunk), jnp.int32)))
+    return carry, token_BxN, drawn
 
-  def start(self, params: Any, prompts: Sequence[np.ndarray], max_len: int) -> tuple:
-    """The carry of `decode` after the prompts: (next logits [B, A], state, next position [B], tokens drawn so far, what the
-    memories prepared from the parameters).
+  def start(self, params: Any, prompts: Sequence[np.ndarray], room: int) -> Session:
+    """Rows after their prompts. `room` bounds the tokens of a row, prompt included, where a memory grows with its text."""
+    zeros_B = jnp.zeros((len(prompts),), jnp.int32)
+    length_B = jnp.asarray([prompt.size for prompt in prompts], jnp.int32)
+    state = set_prompt_length(self.model.init_state(len(prompts), room), length_B)
+    carry = Carry(jnp.zeros((len(prompts), self.vocabulary)), state, zeros_B, jnp.zeros((), jnp.int32), zeros_B > 0)
+    return self.extend(params, Session(carry, 0, room), prompts)
 
-    `max_len` bounds the tokens of a row, prompt included, where a memory grows with its text.
+  def extend(self, params: Any, session: Session, prompts: Sequence[np.ndarray]) -> Session:
+    """The rows after as many more tokens; those that had ended go on. The session given is used up.
+
+    Raises UserError for more tokens than there is room for.
     """
+    self._check_room(session, max(prompt.size for prompt in prompts))
+    carry, prepared = session.carry, self.prepare(params)
     token_BxL, position_BxL, mask_BxL = pad_left(prompts, self.segment)
-    position_B = jnp.asarray([prompt.size for prompt in prompts], jnp.int32)
-    state = set_prompt_length(self.model.init_state(len(prompts), max_len), position_B)
-    prepared = self.prepare(params)
+    before_B, state = np.asarray(carry.position_B), carry.state
     step = min(self.segment, token_BxL.shape[1])
     for cut in range(0, token_BxL.shape[1], step):
       part = slice(cut, cut + step)
-      flow = {'position_BxL': position_BxL[:, part], 'mask_BxL': None if mask_BxL[:, part].all() else mask_BxL[:, part],
-              'reset_BxL': np.zeros(mask_BxL[:, part].shape, bool), 'prepared': prepared}      # the state is new: nothing to forget
+      flow = {'position_BxL': position_BxL[:, part] + before_B[:, None], 'mask_BxL': None if mask_BxL[:, part].all() else mask_BxL[:, part],
+              'reset_BxL': np.zeros(mask_BxL[:, part].shape, bool), 'prepared': prepared}      # nothing to forget
       logits_BxA, state = settle(self.prefill(params, state, token_BxL[:, part], flow))
-    return logits_BxA, state, position_B, jnp.zeros((), jnp.int32), prepared
+    position_B = before_B + np.asarray([prompt.size for prompt in prompts], np.int32)
+    carry = carry._replace(logits_BxA=logits_BxA, state=state, position_B=jnp.asarray(position_B), done_B=jnp.zeros_like(carry.done_B))
+    return session._replace(carry=carry, length=int(position_B.max()))
+
+  def advance(self, params: Any, session: Session, row_B: jax.Array, steps: int = 0) -> tuple[Session, np.ndarray]:
+    """(the rows, int32 [B, n] tokens drawn) after `steps` tokens, 0 or more than `chunk` = as many as that; fewer where all rows
+    have ended. The session given is used up. Raises UserError for more tokens than there is room for."""
+    steps = min(steps or self.chunk, self.chunk)
+    self._check_room(session, steps)
+    carry, token_BxN, drawn = self.decode(params, self.prepare(params), session.carry, row_B, np.int32(steps))
+    drawn = int(drawn)
+    return session._replace(carry=carry, length=session.length + drawn), np.asarray(token_BxN)[:, :min(drawn, steps)]
+
+  def _check_room(self, session: Session, more: int) -> None:
+    if session.length + more <= session.room: return
+    raise UserError(f'a text of {session.length + more} tokens does not fit into a memory of {session.room}')
+
+  def grow(self, session: Session, room: int) -> Session:
+    """The session with room for longer texts: rings of keys and values that never wrapped get more slots."""
+    if room <= session.room: return session
+    wanted = jax.eval_shape(lambda: self.model.init_state(session.carry.done_B.size, room))
+    def fit(leaf, like): return jnp.pad(leaf, [(0, new - old) for old, new in zip(leaf.shape, like.shape, strict=True)])
+    return session._replace(carry=session.carry._replace(state=jax.tree.map(fit, session.carry.state, wanted)), room=room)
 
   def stream(self, params: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Iterator[np.ndarray]:
-    """Yields int32 [B, n] arrays, n <= `chunk`, until max_new_tokens columns have come; tokens enter the model once.
+    """Yields int32 [B, n] arrays, n <= `chunk`, until max_new_tokens columns have come or all rows have ended; tokens enter the
+    model once.
 
     Raises UserError for a prompt without tokens, tokens outside the vocabulary, max_new_tokens < 1, and more tokens
     than learned positions.
@@ -178,11 +240,13 @@ class Sampler:
       raise UserError(f'the longest prompt and max_new_tokens, {total} tokens, exceed the {table} learned positions')
     return self._stream(params, prompts, max_new_tokens, -(-total // BUCKET) * BUCKET)
 
-  def _stream(self, params, prompts, max_new_tokens, max_len):
-    carry, row_B = self.start(params, prompts, max_len), jnp.arange(len(prompts), dtype=jnp.int32)
-    for done in range(0, max_new_tokens, self.chunk):
-      carry, token_BxN = self.decode(params, carry, row_B)
-      yield np.asarray(token_BxN)[:, :max_new_tokens - done]
+  def _stream(self, params, prompts, max_new_tokens, room):
+    session, row_B = self.start(params, prompts, room), jnp.arange(len(prompts), dtype=jnp.int32)
+    while max_new_tokens > 0:
+      session, token_BxN = self.advance(params, session, row_B, max_new_tokens)
+      if not token_BxN.size: return
+      max_new_tokens -= token_BxN.shape[1]
+      yield token_BxN
 
 
 def generate(model: Any, params: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, chunk: int = CHUNK,

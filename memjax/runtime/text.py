@@ -63,7 +63,7 @@ class Writer:
   def __init__(self, sampler: Sampler, params: Any, tokenizer: Tokenizer, *, stops: Sequence[str] = (), ends: Sequence[int] = (),
                enter: Callable[[str], np.ndarray] | None = None, limit: int = 0):
     self.enter, self.limit = enter, limit
-    self.sampler, self.params, self.tokenizer = sampler.within(tokenizer.vocabulary), params, tokenizer
+    self.sampler, self.params, self.tokenizer = sampler.within(tokenizer.vocabulary, ends), params, tokenizer
     self.stops, self.ends = tuple(stops), frozenset(ends)
     StopText(stops)          # an empty stop string is refused here, before anything is computed
 

@@ -117,7 +117,7 @@ def test_generation_is_the_argmax_of_full_forwards(everything, greedy):
 
 def test_left_padding_changes_nothing(everything, greedy):
   model, params = everything
-  together = greedy.start(params, [np.asarray(p, np.int32) for p in PROMPTS], 64)[0]
+  together = greedy.start(params, [np.asarray(p, np.int32) for p in PROMPTS], 64).carry.logits_BxA
   for row, prompt in enumerate(PROMPTS):
     position = jnp.arange(len(prompt))[None]
     alone, _, _ = jax.jit(lambda t, p: model.apply({'params': params}, t, model.init_state(1, 15), position_BxL=p))(
@@ -162,7 +162,7 @@ def test_chunks_do_not_change_the_text(everything, random):
 def test_long_prompts_enter_in_segments(everything, greedy):
   prompts = [np.random.default_rng(1).integers(0, 256, n).astype(np.int32) for n in (41, 9, 26)]
   cut = Sampler(everything[0], greedy.sampling, segment=8)
-  (a, *_), (b, *_) = (s.start(everything[1], prompts, 64) for s in (cut, greedy))
+  a, b = (s.start(everything[1], prompts, 64).carry.logits_BxA for s in (cut, greedy))
   np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()))
   assert cut.prefill._cache_size() == 2                            # with and without padding, whatever the length
 
@@ -176,11 +176,11 @@ def test_parameters_may_lie_on_many_devices(everything, greedy):
 
 def test_generation_feeds_tokens_once(everything, greedy):
   _, params = everything
-  carry = greedy.start(params, [np.asarray(p, np.int32) for p in PROMPTS], 64)
+  session = greedy.start(params, [np.asarray(p, np.int32) for p in PROMPTS], 64)
   for calls in range(3):
-    count = carry[1]['repeats']['layer_0']['full'].count_B[:, 0]
-    assert count.tolist() == [len(p) + greedy.chunk * calls for p in PROMPTS] == carry[2].tolist()
-    carry, _ = greedy.decode(params, carry, jnp.arange(3))
+    count = session.carry.state['repeats']['layer_0']['full'].count_B[:, 0]
+    assert count.tolist() == [len(p) + greedy.chunk * calls for p in PROMPTS] == session.carry.position_B.tolist()
+    session, _ = greedy.advance(params, session, jnp.arange(3))
 
 
 def test_compiled_once_per_shape(everything, greedy):
@@ -230,7 +230,7 @@ class Script:
   def __init__(self, texts):
     self.rows, self.asked = np.stack([np.frombuffer(t, np.uint8) for t in texts]), 0
 
-  def within(self, vocabulary): return self
+  def within(self, vocabulary, ends=()): return self
 
   def stream(self, params, prompts, new):
     for at in range(0, new, 3):
