@@ -1,5 +1,6 @@
 """The configuration of a run as frozen dataclasses. Never None: 0, '' or () is off or automatic."""
-import memjax.config.context  # noqa: F401  registers the kind
+import memjax.config.context
+import memjax.config.neural  # noqa: F401  these register their kinds
 from memjax.config.banks import check_bank_width, own_dropout, sees_future, shared_table, table_of
 from memjax.config.chat import ChatConfig, check_mode
 from memjax.config.errors import check_pattern, refuse

@@ -8,12 +8,13 @@ from memjax.memory.base import Memory
 from memjax.memory.context import Context
 from memjax.memory.holographic import Holographic
 from memjax.memory.holographic_seed import HolographicSeed
+from memjax.memory.neural import Neural
 from memjax.memory.product_key import ProductKey
 from memjax.memory.table import EntryTable, ValueTable
 
 MEMORIES: dict[str, type[Memory]] = {
     'attention': Attention, 'window': Window, 'holographic': Holographic, 'holographic_seed': HolographicSeed,
-    'context': Context, 'bank': Bank, 'product_key': ProductKey}
+    'context': Context, 'neural': Neural, 'bank': Bank, 'product_key': ProductKey}
 TABLES = {'bank': EntryTable, 'product_key': ValueTable}
 
 

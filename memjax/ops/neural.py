@@ -160,8 +160,7 @@ class Dual:
 
 
 def read_tokens(rule: Rule, start: Weights, memory: dict, query: jax.Array, *, found: Factors, coefficients: Coefficients) -> jax.Array:
-  """y [B, H, C, V]: each token reads the weights after (or before) its own write."""
-  if rule.read == 'before': coefficients = read_before(coefficients)
+  """y [B, H, C, V]: token t reads W_init + reach_t M - weigh_t (A, D)."""
   return rule.network(Dual(rule, start, memory, found=found, coefficients=coefficients), query.astype(coefficients.weigh.dtype))
 
 
@@ -194,12 +193,24 @@ def commit(rule: Rule, start: Weights, memory: dict, *, found: Factors, coeffici
 def find_factors(rule: Rule, start: Weights, memory: dict, tokens: Tokens, *, coefficients: Coefficients) -> Factors:
   """The gradients of a chunk where the mode takes them: at the anchor, or at W_{t-1} of each token by one triangular solve."""
   if rule.mode != 'exact': return factors(rule, anchor(start, memory), start.slow, tokens)
-  wide, net = tokens.weight.dtype, rule.network
-  key, value = tokens.key.astype(wide), tokens.value.astype(wide)
-  a = {name: key if is_matrix(name) else jnp.ones_like(value) for name in net.fast}
-  nothing = Factors(a, {name: jnp.zeros_like(value) for name in a}, *[jnp.zeros_like(tokens.weight)] * 3)
+  value = tokens.value.astype(tokens.weight.dtype)
+  nothing = Factors(_linear_inputs(rule, tokens), {name: jnp.zeros_like(value) for name in memory}, *[tokens.weight] * 3)
   before = read_before(coefficients)
-  past, weigh = net(Dual(rule, start, memory, found=nothing, coefficients=before), key), before.weigh
+  past = read_tokens(rule, start, memory, tokens.key, found=nothing, coefficients=before)
+  return online_factors(rule, start, tokens, past, weigh=before.weigh)
+
+
+def _linear_inputs(rule, tokens):
+  """The first factors of a linear memory: keys, and ones for its bias."""
+  wide = tokens.weight.dtype
+  return {name: tokens.key.astype(wide) if is_matrix(name) else jnp.ones_like(tokens.value, wide) for name in rule.network.fast}
+
+
+def online_factors(rule: Rule, start: Weights, tokens: Tokens, past: jax.Array, *, weigh: jax.Array) -> Factors:
+  """The gradients of a linear memory at W_{t-1}: `past` is its prediction without the writes of the tokens given, `weigh` [B, H, C, C]
+  (strictly lower) how these reach each other's reads."""
+  net, wide = rule.network, tokens.weight.dtype
+  a, value, key = _linear_inputs(rule, tokens), tokens.value.astype(wide), tokens.key.astype(wide)
   if rule.grad_at == 'decayed':
     fixed = 0 if rule.decay_to == 'zero' else net(Plain(start.fast, start.slow, rule.dtype), key)
     past, weigh = fixed + tokens.keep[..., None] * (past - fixed), weigh * tokens.keep[..., None]

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from memjax.ops.neural import Rule, Tokens, Weights, commit, factors, find_factors, read_anchor, read_tokens
-from memjax.ops.neural_steps import Coefficients, Gates, coefficients
+from memjax.ops.neural_steps import Coefficients, Gates, coefficients, read_before
 
 
 class Chunk(NamedTuple):
@@ -39,7 +39,8 @@ def token_chunk(rule: Rule, start: Weights, memory: dict, chunk: Chunk) -> tuple
   """(memory, (y, told)) of a chunk whose tokens read the exact W_t; only a complete chunk moves the memory."""
   memory = _emptied(chunk, memory)
   found = find_factors(rule, start, memory, chunk.tokens, coefficients=chunk.coefficients)
-  y = read_tokens(rule, start, memory, chunk.query, found=found, coefficients=chunk.coefficients)
+  seen = read_before(chunk.coefficients) if rule.read == 'before' else chunk.coefficients
+  y = read_tokens(rule, start, memory, chunk.query, found=found, coefficients=seen)
   new = commit(rule, start, memory, found=found, coefficients=chunk.coefficients)
   return where_rows(chunk.full, new, memory), (y.astype(chunk.query.dtype), Told(found.loss, found.norm, found.kept))
 

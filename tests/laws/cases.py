@@ -24,6 +24,14 @@ from memjax.config.mixers import (
   TiersConfig,
   WindowConfig,
 )
+from memjax.config.neural import (
+  NeuralConfig,
+  NeuralExecConfig,
+  NeuralGatesConfig,
+  NeuralNetConfig,
+  NeuralProjConfig,
+  NeuralRuleConfig,
+)
 
 SMALL = HolographicConfig(heads=2, slots=4, form=FormConfig(chunk=4), conv_width=3)
 
@@ -42,6 +50,13 @@ def bank(mixing: MixingConfig = MixingConfig(), shape: BankShapeConfig = BankSha
   return BankConfig(heads=2, shape=shape, mixing=mixing, router=RouterConfig(**{'top_k': 2, **router}), **options)
 
 
+def neural(**options) -> NeuralConfig:
+  """Two heads, chunks of four tokens, a chunk for each token if need be, and the given options."""
+  return NeuralConfig(**{'heads': 2, 'chunk': 4, 'net': NeuralNetConfig(expansion=2), 'exec': NeuralExecConfig(spare=9), **options})
+
+
+ONE_MATRIX = NeuralNetConfig(kind='linear')
+
 # Every law runs on these.
 FULL = {
     'attention': AttentionConfig(heads=4, kv_heads=2),
@@ -52,6 +67,10 @@ FULL = {
     'holographic-delta': holographic(keep=KeepConfig(kind='slot', erase='slot')),
     'holographic-tiers': holographic(tiers=TiersConfig(kind='consolidate', interval=4), form=FormConfig()),
     'holographic-seed': HolographicSeedConfig(key_width=8, slots=2, dropout=0.0),
+    'neural': neural(),
+    'neural-exact': neural(net=ONE_MATRIX, rule=NeuralRuleConfig(mode='exact')),
+    'neural-block': neural(exec=NeuralExecConfig(spare=2), rule=NeuralRuleConfig(mode='block', momentum='nesterov')),
+    'neural-steps': neural(exec=NeuralExecConfig(), rule=NeuralRuleConfig(read='before', decay_to='zero')),
     'bank': bank(),
     'bank-chunk': bank(strategy='chunk', block=3),
     'product-key': ProductKeyConfig(heads=2, keys=4, top_k=3, key_width=8),
@@ -59,7 +78,7 @@ FULL = {
 }
 
 # Of these, one of each kind in the default suite; all others are slow tests.
-QUICK = ('attention', 'window', 'holographic', 'holographic-seed', 'bank', 'product-key', 'context')
+QUICK = ('attention', 'window', 'holographic', 'holographic-seed', 'neural', 'bank', 'product-key', 'context')
 
 # Scan, Step, Mask and Reach run on these, as slow tests.
 MORE = {
@@ -91,5 +110,12 @@ MORE = {
     'bank-qat': bank(quant=BankQuantConfig(bits=4, group=4, train='straight')),
     'context-clusters': ContextConfig(heads=2, slots=4, ratio=2, merge='evict', clusters=2, top_k=1),
     'context-lloyd': ContextConfig(heads=2, slots=3, ratio=2, merge='sum', clusters=2, top_k=1, iterations=1),
+    'neural-clip': neural(rule=NeuralRuleConfig(clip=0.05, momentum='second', loss='huber'), proj=NeuralProjConfig(lookahead=True)),
+    'neural-swiglu': neural(net=NeuralNetConfig(kind='swiglu', gain='slow'), proj=NeuralProjConfig(qk_norm='rms', out_gate='sigmoid'),
+                            rule=NeuralRuleConfig(momentum='none', forget=False), exec=NeuralExecConfig(spare=2, group=2)),
+    'neural-gated': neural(net=NeuralNetConfig(kind='gated', depth=1, expansion=1), proj=NeuralProjConfig(conv_width=0, activation=''),
+                           gates=NeuralGatesConfig(theta_raw=True, theta_base=.1), rule=NeuralRuleConfig(first_order=True)),
+    'neural-decayed': neural(net=NeuralNetConfig(kind='linear', bias=True), exec=NeuralExecConfig(solver='lax'),
+                             rule=NeuralRuleConfig(mode='exact', grad_at='decayed', decay_to='zero', loss_scale='mean')),
     'losses': holographic(loss=MemoryLossConfig(replay=.1, contrastive=.1, balance=.1, gate=.1)),
 }

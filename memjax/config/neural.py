@@ -1,0 +1,138 @@
+"""The neural memory that learns at test time (Titans)."""
+import dataclasses
+
+from memjax.config.errors import refuse
+from memjax.config.mixers import mixer
+from memjax.config.options import config, option
+
+PLAIN_KINDS = ('linear', 'mlp')                     # whose layers may have fast biases
+LAYERED_KINDS = ('mlp', 'gated', 'factorised', 'low_rank')
+
+
+def _only(part, names: tuple, applies: bool, reason: str) -> None:
+  """Refuses the first of some fields that is away from its default where it cannot apply."""
+  for field in dataclasses.fields(part):
+    if field.name in names: refuse(not applies and getattr(part, field.name) != field.default, f'{field.name} applies to {reason}')
+
+
+@config
+class NeuralNetConfig:
+  """The network whose weights are the memory (specification section 6)."""
+  kind: str = option('mlp', 'architecture', choices=('linear', 'mlp', 'swiglu', 'gated', 'factorised', 'low_rank'))
+  depth: int = option(2, 'layers of mlp, gated, factorised and low_rank', low=1, high=4)
+  expansion: int = option(4, 'inner width in key widths', low=1)
+  activation: str = option('silu', 'between the layers', choices=('silu', 'gelu', 'relu', 'tanh'))
+  rank: int = option(16, 'of factorised and low_rank layers', low=1)
+  residual: str = option('', "M(x) = x + (1 + gain) norm(net(x)); '' = on, unless the memory is one matrix", choices=('', 'on', 'off'))
+  gain: str = option('fast', 'whether the gain of that norm learns at test time', choices=('fast', 'slow'))
+  bias: bool = option(False, 'fast biases: they shrink the stable step size many times')
+  learn_init: bool = option(True, 'train the weights that every document starts from')
+
+  def __post_init__(self):
+    _only(self, ('depth',), self.kind in LAYERED_KINDS, f'{", ".join(LAYERED_KINDS)}, not to {self.kind}')
+    _only(self, ('expansion',), self.kind != 'linear', 'networks with an inner width, not to linear')
+    _only(self, ('activation',), self.kind not in ('linear', 'swiglu'), f'mlp, gated, factorised and low_rank, not to {self.kind}')
+    _only(self, ('rank',), self.kind in ('factorised', 'low_rank'), f'factorised and low_rank, not to {self.kind}')
+    _only(self, ('gain',), self.has_residual, 'the residual form, which is off')
+    refuse(self.bias and self.kind not in PLAIN_KINDS, f'bias applies to linear and mlp, not to {self.kind}')
+
+  @property
+  def has_residual(self) -> bool:
+    """Whether norm and residual surround the network."""
+    return self.residual == 'on' or (self.residual == '' and self.kind != 'linear')
+
+
+@config
+class NeuralRuleConfig:
+  """The inner optimiser (specification sections 3 and 5)."""
+  mode: str = option('token', 'gradients at the start of the chunk, or (exact) at the last token; block also reads at the start',
+                     choices=('token', 'exact', 'block'))
+  loss: str = option('l2', 'of the prediction for a key against its value', choices=('l2', 'dot', 'huber', 'lp', 'kl'))
+  loss_scale: str = option('half', 'factor on l2, huber and lp: 1/2, 1, or 1 / value width', choices=('half', 'sum', 'mean'))
+  loss_argument: float = option(0.0, 'where huber turns linear (0 = 1), p of lp (0 = 3)', low=0.0)
+  momentum: str = option('first', 'order of the momentum', choices=('none', 'first', 'nesterov', 'second'))
+  forget: bool = option(True, 'learned forgetting')
+  decay_to: str = option('init', 'what forgetting returns to: the learned start, or zero as in the paper', choices=('init', 'zero'))
+  read: str = option('after', 'read after or before the write of the same token', choices=('after', 'before'))
+  grad_at: str = option('previous', "the error of mode exact is taken at W_{t-1} or at what is left of it", choices=('previous', 'decayed'))
+  clip: float = option(0.0, 'bound on the norm of the gradient of one token; 0 = off', low=0.0)
+  clip_kind: str = option('hard', 'min(1, clip / norm) or 1 / (1 + norm / clip)', choices=('hard', 'soft'))
+  first_order: bool = option(False, 'no outer gradient through inner gradients')
+
+  def __post_init__(self):
+    exact = self.mode == 'exact'
+    refuse(exact and self.clip > 0, "clip needs the gradient before the solve, which mode 'exact' does not have")
+    refuse(exact and self.loss != 'l2', f"loss={self.loss!r} is not linear; mode 'exact' needs l2")
+    refuse(self.grad_at != 'previous' and not exact, f"grad_at applies to mode 'exact', not to {self.mode!r}")
+    refuse(self.grad_at != 'previous' and not self.forget, 'grad_at needs forget')
+    refuse(self.clip_kind != 'hard' and not self.clip, 'clip_kind applies to clip, which is off')
+    refuse(self.loss_scale != 'half' and self.loss in ('dot', 'kl'), f'loss_scale applies to l2, huber and lp, not to {self.loss}')
+    refuse(self.loss_argument > 0 and self.loss not in ('huber', 'lp'), f'loss_argument applies to huber and lp, not to {self.loss}')
+    refuse(self.loss == 'lp' and 0 < self.loss_argument < 1, f'loss_argument={self.loss_argument:g} of lp must be at least 1')
+    refuse(self.decay_to != 'init' and not self.forget, 'decay_to needs forget')
+    refuse(self.read != 'after' and self.mode == 'block', "read applies to modes 'token' and 'exact'; 'block' reads the start of the chunk")
+
+
+@config
+class NeuralGatesConfig:
+  """Step size, momentum and forgetting of each token and head (specification section 4)."""
+  theta_base: float = option(0.0, 'largest step size before the divisors; 0 = 4 for networks with residual, 1 for others', low=0.0)
+  theta_bias: float = option(0.0, 'logit of the step size at initialisation')
+  theta_norm: str = option('', "divide step sizes by the chunk length; '' = chunk, in mode exact none", choices=('', 'chunk', 'none'))
+  theta_momentum_norm: bool = option(True, 'times 1 - eta, so that the effect of a gradient does not depend on the momentum')
+  theta_raw: bool = option(False, 'theta = theta_base sigmoid(.) and nothing else')
+  eta_bias: float = option(2.197, 'logit of the momentum at initialisation (0.9)')
+  alpha_bias: float = option(0.0, 'logit of the forgetting at initialisation; 0 = spread over heads from -4 to -8, -6 for decay_to zero')
+
+  def __post_init__(self):
+    refuse(self.theta_raw and self.theta_norm != '', f'theta_norm={self.theta_norm!r} does not apply to theta_raw')
+    refuse(self.theta_raw and not self.theta_momentum_norm, 'theta_momentum_norm does not apply to theta_raw')
+
+
+@config
+class NeuralProjConfig:
+  """From the layer's input to queries, keys and values, and from the read to its output (specification section 4)."""
+  conv_width: int = option(4, 'taps of the causal short convolution; 0 = none', low=0)
+  activation: str = option('silu', 'after the convolution', choices=('', 'silu'))
+  qk_norm: str = option('l2', 'of queries and keys', choices=('l2', 'rms', 'none'))
+  lookahead: bool = option(False, 'store the value of a token under the key of the token before it')
+  out_norm: bool = option(True, 'RMS norm of the read per head')
+  out_gate: str = option('silu', 'what the read is multiplied by: act(W x)', choices=('', 'silu', 'sigmoid'))
+
+  def __post_init__(self):
+    refuse(self.conv_width == 1, 'conv_width=1 mixes no tokens; 0 is off')
+
+
+@config
+class NeuralExecConfig:
+  """How it is computed; nothing here changes the result."""
+  spare: int = option(0, 'chunks a row may spend on documents that begin inside it and on calls that begin inside a chunk', low=0)
+  group: int = option(0, 'chunks recomputed together in the backward pass; 0 = sqrt, -1 = keep everything', low=-1)
+  unroll: int = option(1, 'chunks a step of the compiled loop', low=1)
+  solver: str = option('blocked', 'triangular solve of mode exact', choices=('blocked', 'lax'))
+
+
+@mixer('neural')
+class NeuralConfig:
+  """Neural long-term memory: a network trained by gradient descent while it reads (Titans, Behrouz et al. 2024)."""
+  heads: int = option(0, 'independent memories; 0 = width / 64', low=0)
+  key_width: int = option(0, 'channels of a query or key; 0 = width / heads', low=0)
+  value_width: int = option(0, 'channels of a value; 0 = key_width', low=0)
+  chunk: int = option(64, 'tokens between the points where gradients are taken; part of the model, except in mode exact', low=1)
+  net: NeuralNetConfig = option(NeuralNetConfig(), 'the network')
+  rule: NeuralRuleConfig = option(NeuralRuleConfig(), 'the inner optimiser')
+  gates: NeuralGatesConfig = option(NeuralGatesConfig(), 'step size, momentum, forgetting')
+  proj: NeuralProjConfig = option(NeuralProjConfig(), 'projections')
+  exec: NeuralExecConfig = option(NeuralExecConfig(), 'how it is computed')
+
+  def __post_init__(self):
+    net, rule, gates = self.net, self.rule, self.gates
+    refuse(rule.mode == 'exact' and (net.kind != 'linear' or net.has_residual),
+           f"rule.mode='exact' needs net.kind='linear' without residual, not {net.kind!r}")
+    refuse(rule.mode == 'exact' and gates.theta_norm == 'chunk',
+           "gates.theta_norm='chunk' would make the result of rule.mode='exact' depend on the chunk")
+    refuse(self.exec.solver != 'blocked' and rule.mode != 'exact', f"exec.solver applies to rule.mode='exact', not to {rule.mode!r}")
+    refuse(net.has_residual and self.value_width not in (0, self.key_width), 'value_width must be key_width in the residual form of net')
+    refuse(gates.alpha_bias != 0 and not rule.forget, 'gates.alpha_bias needs rule.forget')
+    refuse(gates.eta_bias != 2.197 and rule.momentum == 'none', 'gates.eta_bias needs rule.momentum')
+    refuse(not gates.theta_momentum_norm and rule.momentum == 'none', 'gates.theta_momentum_norm needs rule.momentum')

@@ -1,0 +1,169 @@
+"""Neural long-term memory (Titans, Behrouz et al. 2024): a network that learns the text by gradient descent while it reads.
+
+The state is the change of its weights since the learned start, their momenta, and the pending tokens of the current chunk as rank-1
+factors: weights are rewritten once a chunk, and every token still reads the weights after its own write.
+"""
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from memjax.memory.base import both, real_resets, where_rows
+from memjax.memory.neural_inputs import NeuralItems
+from memjax.memory.neural_state import RECENT, RUNNING, NeuralState, NeuralStep, Pending, watched
+from memjax.ops import neural as ops
+from memjax.ops.neural_layout import Layout, lay_out, rearrange
+from memjax.ops.neural_scan import Chunk, Told, scan_chunks
+from memjax.ops.neural_steps import coefficients
+
+
+class Neural(NeuralStep):
+  """The kind `neural`; every option of `NeuralConfig`."""
+
+  def parallel(self, state, inputs, mask_BxL=None, *, write_mask_BxL=None, reset_BxL=None):
+    """All tokens: in chunks where all may write and every row has room for its chunks; at once where none may write; else by steps."""
+    flow = dict(write_mask_BxL=write_mask_BxL, reset_BxL=reset_BxL)
+    B, L = inputs.stream_BxLxE.shape[:2]
+    real_BxL = jnp.ones((B, L), bool) if mask_BxL is None else mask_BxL
+    reset_BxL = jnp.zeros((B, L), bool) if reset_BxL is None else reset_BxL & real_BxL
+    def by_steps(state): return self._by_steps(state, inputs, mask_BxL, **flow)
+    def in_chunks(state):
+      layout = self._layout(state, real_BxL, reset_BxL)
+      if layout.full.shape[1] >= L: return self._chunks(state, inputs, layout, (real_BxL, reset_BxL))[:2]     # a chunk for each token
+      return jax.lax.cond(layout.fits, lambda state: self._chunks(state, inputs, layout, (real_BxL, reset_BxL))[:2], by_steps, state)
+    if write_mask_BxL is None: return in_chunks(state)
+    some = jnp.any(real_BxL & write_mask_BxL)
+    later = jnp.any(reset_BxL & (jnp.cumsum(real_BxL, 1) > 1))
+    def frozen(state): return self._frozen(state, inputs, real_BxL, reset_BxL)
+    partly = lambda state: jax.lax.cond(some | later, by_steps, frozen, state)
+    return jax.lax.cond(jnp.any(real_BxL & ~write_mask_BxL), partly, in_chunks, state)
+
+  def _by_steps(self, state, inputs, mask_BxL, *, write_mask_BxL, reset_BxL):
+    """The scan of `step`; the gradient keeps 3 L^(1/3) states and recomputes the rest twice."""
+    B, L = inputs.stream_BxLxE.shape[:2]
+    few = max(round(L ** (1 / 3)), 1)
+    shape = -(-L // (few * few)), few, few
+    real_BxL = jnp.ones((B, L), bool) if mask_BxL is None else mask_BxL
+    cut = lambda a: jnp.swapaxes(jnp.pad(a, [(0, 0), (0, math.prod(shape) - L)] + [(0, 0)] * (a.ndim - 2)), 0, 1).reshape(
+        *shape, B, *a.shape[2:])
+    def token(state, token):
+      inputs, mask_B, write_mask_B, reset_B = token
+      return self.step(state, inputs, mask_B, write_mask_B=write_mask_B, reset_B=reset_B)
+    scan = lambda body: jax.checkpoint(lambda state, tokens: jax.lax.scan(body, state, tokens))
+    state, y = scan(scan(scan(jax.checkpoint(token))))(state, jax.tree.map(cut, (inputs, real_BxL, write_mask_BxL, reset_BxL)))
+    return state, jnp.swapaxes(y.reshape(-1, *y.shape[3:]), 0, 1)[:, :L]
+
+  def _layout(self, state, real_BxL, reset_BxL) -> Layout:
+    C = self.config.chunk
+    return lay_out(real_BxL, reset_BxL, state.slot_B, chunk=C, count=-(-real_BxL.shape[1] // C) + self.config.exec.spare)
+
+  def _frozen(self, state, inputs, real_BxL, reset_BxL):
+    """No token writes: all read one memory."""
+    state = where_rows(reset_BxL.any(1), jax.tree.map(jnp.zeros_like, state), state)
+    items, _ = self.projections.items(inputs, state.tail, written_BxL=jnp.zeros_like(real_BxL))
+    y_BxLxE = self._flat(self.read_pending(state, items.query))
+    return state, jnp.where(real_BxL[..., None], y_BxLxE, 0)
+
+  def _chunks(self, state, inputs, layout: Layout, flow: tuple) -> tuple[NeuralState, jax.Array, Told]:
+    """(state, y [B, L, E], what was told of each token [B, L, H]) by the scan over chunks."""
+    real_BxL, reset_BxL = flow
+    old, state = state, where_rows(layout.begins, jax.tree.map(jnp.zeros_like, state), state)
+    items, tail = self.projections.items(inputs, old.tail, written_BxL=real_BxL, reset_BxL=reset_BxL)
+    start = self.start(real_BxL.shape[0])
+    slots = self._in_slots(state, items, layout)
+    gates, tokens = self._by_chunk(slots)
+    found, _ = coefficients(self.rule.momentum, gates, inside=not self.is_block)
+    query = jnp.moveaxis(slots.query, (1, 3), (0, 2))
+    chunks = Chunk(query, tokens, found, jnp.swapaxes(layout.full, 0, 1), jnp.swapaxes(layout.fresh, 0, 1))
+    memory = (state.anchor, state.fast) if self.is_block else state.fast
+    e = self.config.exec
+    memory, (y, told) = scan_chunks(self.rule, start, memory, chunks, group=e.group, unroll=e.unroll)
+    y_BxLxE = self._flat(self._back(y, layout))
+    told = Told(*(self._back(a[..., None], layout)[..., 0] for a in told))
+    new = state.replace(slot_B=layout.slot, tail=tail, running_BxHxY=self._running(state, told, real_BxL, reset_BxL))
+    if self.is_block: new = new.replace(anchor=memory[0], fast=memory[1])
+    else: new = new.replace(fast=memory, pending=self._pending(memory, start, slots, layout))
+    return where_rows(real_BxL.any(1), new, old), jnp.where(real_BxL[..., None], y_BxLxE, 0), told
+
+  def _in_slots(self, state, items: NeuralItems, layout: Layout) -> NeuralItems:
+    """Pending tokens and those of the call in their slots, [B, N, C, ...]; zeros where there is none."""
+    C, pending = self.config.chunk, state.pending
+    before = {} if pending is None else dict(key=pending.key_BxCxHxK, value=pending.value_BxCxHxV, gate=pending.gate_BxCxGxH)
+    def cut(name):
+      a = getattr(items, name)
+      first = before[name].astype(a.dtype) if name in before else jnp.zeros((a.shape[0], C, *a.shape[2:]), a.dtype)
+      a = rearrange(jnp.concatenate([first, a], 1), layout.source, layout.place)
+      return a.reshape(a.shape[0], -1, C, *a.shape[2:])
+    return NeuralItems(*(cut(name) for name in ('query', 'key', 'value', 'gate')))
+
+  def _by_chunk(self, slots: NeuralItems) -> tuple[Any, ops.Tokens]:
+    """(gates [N, B, H, C], writes [N, B, H, C, ...]) of items in slots."""
+    gates = self.projections.unpack(jnp.moveaxis(slots.gate, (3, 1, 0, 4), (0, 1, 2, 3)))
+    key, value = (jnp.moveaxis(a, (1, 3), (0, 2)) for a in (slots.key, slots.value))
+    return gates, ops.Tokens(key, value, jnp.where(gates.write, gates.theta, 0), 1 - gates.alpha)
+
+  def _back(self, a, layout: Layout):
+    """Outputs [N, B, H, C, width] at the tokens of the call, [B, L, H, width]."""
+    N, B, H, C, width = a.shape
+    a = jnp.moveaxis(a, (0, 2), (1, 3)).reshape(B, N * C, H, width)
+    return rearrange(a, layout.place, layout.source)[:, C:]
+
+  def _running(self, state, told: Told, real_BxL, reset_BxL):
+    """The running means after the call."""
+    later_BxL = real_BxL.sum(1, keepdims=True) - jnp.cumsum(real_BxL, 1)
+    after_BxL = jnp.cumsum(reset_BxL, 1) == reset_BxL.sum(1, keepdims=True)
+    weight_BxL = jnp.where(real_BxL & after_BxL, (1 - RECENT) * RECENT ** later_BxL.astype(self.state_dtype), 0)
+    carried_B = jnp.where(reset_BxL.any(1), 0, RECENT ** real_BxL.sum(1).astype(self.state_dtype))
+    return jnp.einsum('bl,blhy->bhy', weight_BxL, watched(told)) + carried_B[:, None, None] * state.running_BxHxY
+
+  def _pending(self, memory, start, slots: NeuralItems, layout: Layout) -> Pending:
+    """The tokens of each row's last chunk where it is not complete, with their factors at its start."""
+    C = self.config.chunk
+    valid = jnp.arange(C)[None] < layout.slot[:, None]
+    def last(a):
+      a = jnp.take_along_axis(a, layout.last.reshape(-1, *(1,) * (a.ndim - 1)), 1)[:, 0]
+      return jnp.where(valid.reshape(*valid.shape, *(1,) * (a.ndim - 2)), a, 0)
+    kept = NeuralItems(*(last(getattr(slots, name)) for name in ('query', 'key', 'value', 'gate')))
+    gates, tokens = self.tokens(kept)
+    whole, _ = coefficients(self.rule.momentum, gates)
+    found = ops.find_factors(self.rule, start, memory, tokens, coefficients=whole)
+    only = lambda a: jnp.where(valid[:, None, :, None], a, 0)
+    wide, eye = self.state_dtype, jnp.eye(self.rule.levels, dtype=self.state_dtype)[None, None]
+    return Pending({n: only(a) for n, a in found.a.items()}, {n: only(d) for n, d in found.d.items()}, kept.key.astype(wide),
+                   kept.value.astype(wide), kept.gate.astype(wide), whole.push, whole.turn - eye)
+
+  def mix(self, x_BxLxD, state, **context):
+    """(y [B, L, E] before the readout, state, aux), as in the base class; aux tells of the state after the call."""
+    y_BxLxE, new, aux = super().mix(x_BxLxD, state, **context)
+    return y_BxLxE, new, {**aux, **self._monitors(new)}
+
+  def _monitors(self, state):
+    """Running means of the inner loss, the gradient norm and the share clipped; |W - W_init| / |W_init|; without gradient."""
+    mean = {name: state.running_BxHxY[..., n].mean() for n, name in enumerate(RUNNING)}
+    total = jnp.maximum(mean['weight'], 1e-9)
+    size = lambda parts: jnp.sqrt(sum(jnp.sum(jnp.square(a)) for a in parts) + 1e-12)
+    home = size(self.fast.values()) * state.slot_B.shape[0] ** 0.5
+    told = {'inner_loss': mean['loss'] / total, 'surprise': mean['surprise'] / total,
+            'weight_change': size(a[:, :, 0] for a in state.fast.values()) / home}
+    if self.config.rule.clip: told['clipped'] = mean['clipped'] / total
+    return {name: jax.lax.stop_gradient(a.astype(jnp.float32)) for name, a in told.items()}
+
+  def aux(self, state, inputs, y_BxLxE, *, mask_BxL=None, **context):
+    """The means of the gates over the tokens of the call, without gradient."""
+    gate = jax.lax.stop_gradient(inputs.gate_BxLxGxH.astype(jnp.float32))
+    weight_BxL = jnp.ones(gate.shape[:2]) if mask_BxL is None else mask_BxL.astype(jnp.float32)
+    mean_G = jnp.einsum('bl,blgh->g', weight_BxL, gate) / jnp.maximum(weight_BxL.sum() * gate.shape[-1], 1)
+    return {**super().aux(state, inputs, y_BxLxE), **{name: mean_G[n] for n, name in enumerate(self.parts.names[:-1])}}
+
+  def statistics(self, state, inputs, y_BxLxE, *, mask_BxL=None, write_mask_BxL=None, reset_BxL=None, **context):
+    """Gates, inner loss and surprise of each token, for the figures."""
+    B, L = y_BxLxE.shape[:2]
+    real_BxL = both(mask_BxL, write_mask_BxL)
+    real_BxL = jnp.ones((B, L), bool) if real_BxL is None else real_BxL
+    resets = real_resets(reset_BxL, real_BxL)
+    resets = jnp.zeros((B, L), bool) if resets is None else resets
+    told = self._chunks(state, inputs, self._layout(state, real_BxL, resets), (real_BxL, resets))[2]
+    gate = {f'{name}_BxLxH': inputs.gate_BxLxGxH[:, :, n] for n, name in enumerate(self.parts.names[:-1])}
+    return {**super().statistics(state, inputs, y_BxLxE), **gate, 'inner_loss_BxLxH': told.loss, 'surprise_BxLxH': told.norm,
+            'kept_BxLxH': told.kept}

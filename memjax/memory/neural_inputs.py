@@ -1,0 +1,152 @@
+"""From the layer's input to what the neural memory learns from: queries, keys, values and gates."""
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax import struct
+
+from memjax.config.neural import NeuralConfig
+from memjax.layers.conv import find_taps, next_tail, short_conv
+from memjax.layers.linear import Linear, partitioned
+from memjax.layers.lora import Lora
+from memjax.ops.neural_steps import Gates
+
+
+@struct.dataclass
+class NeuralInputs:
+  """Raw queries, keys and values side by side, and gates (see `NeuralProjections.names`)."""
+  stream_BxLxE: jax.Array
+  gate_BxLxGxH: jax.Array
+
+
+@struct.dataclass
+class NeuralItems:
+  """Tokens after the convolution; and the tails of the streams, without this call."""
+  query: jax.Array                  # [B, L, H, K]
+  key: jax.Array
+  value: jax.Array                  # [B, L, H, V]
+  gate: jax.Array                   # [B, L, G, H]
+
+
+def same_tap(key: jax.Array, shape: tuple[int, int], dtype=jnp.float32) -> jax.Array:
+  """Current token 1, older taps 0: the convolution starts as the identity."""
+  del key
+  return jnp.zeros(shape, dtype).at[0].set(1)
+
+
+class NeuralProjections(nn.Module):
+  """All parameters before the memory: projections, taps and gates."""
+  config: NeuralConfig
+  width: int
+  dtype: Any = jnp.float32
+  std: float = 0.0
+  lora: Lora = Lora()
+
+  @property
+  def shape(self) -> tuple[int, int, int]:
+    """H, K, V."""
+    c = self.config
+    H = c.heads or max(self.width // 64, 1)
+    K = c.key_width or self.width // H
+    return H, K, c.value_width or K
+
+  @property
+  def channels(self) -> tuple[int, int, int]:
+    """Channels of the raw queries, keys and values."""
+    H, K, V = self.shape
+    return H * K, H * K, H * V
+
+  @property
+  def names(self) -> tuple[str, ...]:
+    """The gates in force, in the order of axis G; 'write' says that a slot holds a token that writes."""
+    rule = self.config.rule
+    names = ['theta'] + ['eta'] * (rule.momentum != 'none') + ['alpha'] * rule.forget
+    return (*names, *(('eta2', 'c0', 'c1', 'c2') if rule.momentum == 'second' else ()), 'write')
+
+  def setup(self):
+    c, (H, _, _) = self.config, self.shape
+    linear = dict(std=self.std, dtype=self.dtype, lora=self.lora)
+    names = ('query', 'key', 'value')
+    self.linear = {n: Linear(width, ('embed', 'heads'), name=n, **linear) for n, width in zip(names, self.channels, strict=True)}
+    if c.proj.conv_width: self.taps = self.param('taps', partitioned(same_tap, (None, 'heads')), (c.proj.conv_width, sum(self.channels)))
+    zero, made = nn.initializers.zeros_init(), {}
+    for name in self.names[:-1]:
+      bias = lambda key, shape, dtype=jnp.float32, name=name: jnp.asarray(np.broadcast_to(self.biases(name), shape), dtype)
+      made[name] = (self.param(name, partitioned(zero, ('embed', 'heads')), (self.width, H)),
+                    self.param(f'{name}_bias', partitioned(bias, ('heads',)), (H,)))
+    self.gate = made
+
+  def biases(self, name: str) -> Any:
+    """Logits at initialisation."""
+    g, (H, _, _) = self.config.gates, self.shape
+    if name == 'alpha': return g.alpha_bias or (np.linspace(-4, -8, H) if self.config.rule.decay_to == 'init' else -6.0)
+    return {'theta': g.theta_bias, 'eta': g.eta_bias, 'eta2': g.eta_bias, 'c0': 0.0, 'c1': 1.0, 'c2': 0.0}[name]
+
+  def __call__(self, x_BxLxD: jax.Array) -> NeuralInputs:
+    """The big matmuls, all tokens at once; gates in float32."""
+    stream = jnp.concatenate([linear(x_BxLxD) for linear in self.linear.values()], -1)
+    wide = jnp.promote_types(jnp.float32, self.dtype)
+    kernel, bias = (jnp.concatenate([pair[n].astype(wide) for pair in self.gate.values()], -1) for n in (0, 1))
+    logit = jnp.dot(x_BxLxD.astype(wide), kernel, precision='highest') + bias.reshape(1, 1, -1)
+    logit = logit.reshape(*logit.shape[:2], len(self.gate), -1)
+    gate = {name: logit[:, :, n] for n, name in enumerate(self.gate)}
+    gate = {name: a if name in ('c0', 'c1', 'c2') else jax.nn.sigmoid(a) for name, a in gate.items()}
+    gate['theta'] = gate['theta'] * self.theta_scale(gate)
+    return NeuralInputs(stream, jnp.stack([*gate.values(), jnp.ones_like(gate['theta'])], 2))
+
+  def theta_scale(self, gate: dict) -> Any:
+    """What the sigmoid of the step size is multiplied by."""
+    c, (_, K, _) = self.config, self.shape
+    g = c.gates
+    residual = c.net.has_residual and c.rule.mode != 'exact'
+    base = g.theta_base or (4.0 if residual else 1.0)
+    if g.theta_raw: return base
+    by_chunk = g.theta_norm == 'chunk' or (g.theta_norm == '' and c.rule.mode != 'exact')
+    scale = base / ((c.chunk if by_chunk else 1) * (1 if c.proj.qk_norm == 'l2' else K))
+    return scale * (1 - gate['eta']) if g.theta_momentum_norm and 'eta' in gate else scale
+
+  def unpack(self, gate: jax.Array) -> Gates:
+    """The gates of [G, ...]; those that are not in force are zero."""
+    found = {name: gate[n] for n, name in enumerate(self.names)}
+    zero = jnp.zeros_like(found['theta'])
+    more = dict(eta2=found['eta2'], mix=(found['c0'], found['c1'], found['c2'])) if 'eta2' in found else {}
+    return Gates(found['theta'], found.get('eta', zero), found.get('alpha', zero), found['write'] > 0, **more)
+
+  @property
+  def tails(self) -> dict[str, tuple[int, int]]:
+    """Tokens and channels of what the state carries: raw streams, and with `lookahead` the last key with a mark that there is one."""
+    p, (H, K, _) = self.config.proj, self.shape
+    return {'stream': (max(p.conv_width - 1, 0), sum(self.channels)), **({'key': (1, H * K + 1)} if p.lookahead else {})}
+
+  def items(self, inputs: NeuralInputs, tail: dict, *, written_BxL=None, reset_BxL=None) -> tuple[NeuralItems, dict]:
+    """(items, next tails): convolution over written tokens of a document, activation, norm, and the pairing of keys and values."""
+    p, (H, K, V) = self.config.proj, self.shape
+    x = inputs.stream_BxLxE.astype(jnp.promote_types(jnp.float32, self.dtype))
+    flow, new = dict(written_BxL=written_BxL, reset_BxL=reset_BxL), dict(tail)
+    if p.conv_width:
+      taps = find_taps(p.conv_width, x.shape[1], **flow)
+      x, new['stream'] = short_conv(x, self.taps, tail['stream'], taps), next_tail(x, tail['stream'], taps)
+    if p.activation: x = jax.nn.silu(x)
+    cut = lambda a, width: a.reshape(*a.shape[:2], H, width)
+    first, second, _ = self.channels
+    query, key = (unit(cut(a, K), p.qk_norm) for a in (x[..., :first], x[..., first:first + second]))
+    value, gate = cut(x[..., first + second:], V), inputs.gate_BxLxGxH
+    query, key, value = (a.astype(self.dtype) for a in (query, key, value))
+    if p.lookahead:
+      marked = jnp.concatenate([key.reshape(*key.shape[:2], -1), jnp.ones_like(key[..., 0, :1])], -1)
+      taps = find_taps(2, key.shape[1], **flow)
+      shift = jnp.concatenate([jnp.zeros_like(marked[:1, 0]), jnp.ones_like(marked[:1, 0])])
+      before, new['key'] = short_conv(marked, shift, tail['key'], taps), next_tail(marked, tail['key'], taps)
+      key = cut(before[..., :-1], K)
+      gate = gate.at[:, :, -1].multiply(before[..., -1:].astype(gate.dtype))
+    return NeuralItems(query, key, value, gate), new
+
+
+def unit(x: jax.Array, norm: str) -> jax.Array:
+  """x over its Euclidean norm ('l2') or its root mean square ('rms'), or x."""
+  if norm == 'none': return x
+  total = jnp.sum(x * x, -1, keepdims=True)
+  return x * jax.lax.rsqrt(total + 1e-6) * (1.0 if norm == 'l2' else math.sqrt(x.shape[-1]))

@@ -1,0 +1,238 @@
+"""The neural memory token by token: its state, and one step that rewrites the weights only where a chunk is complete."""
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
+
+from memjax.layers.linear import Linear, partitioned
+from memjax.memory.base import Memory, both, real_resets, where_rows
+from memjax.memory.neural_inputs import NeuralInputs, NeuralItems, NeuralProjections
+from memjax.ops import neural as ops
+from memjax.ops.neural_nets import Network
+from memjax.ops.neural_scan import Told
+from memjax.ops.neural_steps import Coefficients, advance, coefficients, steps
+
+RECENT = 0.99                              # share of the running means that a token keeps
+RUNNING = ('weight', 'loss', 'surprise', 'surprise_square', 'clipped')
+
+
+@struct.dataclass
+class Pending:
+  """Tokens of a chunk that is not complete, zeros where there is none: factors by name [B, H, C, width], keys, values and gates, and
+  their coefficients push [B, H, Q, C] and turn - 1 [B, H, Q, Q]."""
+  a: dict
+  d: dict
+  key_BxCxHxK: jax.Array
+  value_BxCxHxV: jax.Array
+  gate_BxCxGxH: jax.Array
+  push_BxHxQxC: jax.Array
+  turn_BxHxQxQ: jax.Array
+
+  @property
+  def turn(self) -> jax.Array:
+    """turn [B, H, Q, Q]."""
+    return self.turn_BxHxQxQ + jnp.eye(self.turn_BxHxQxQ.shape[-1], dtype=self.turn_BxHxQxQ.dtype)[None, None]
+
+  def reads(self, length: int = 1) -> Coefficients:
+    """Coefficients of tokens that read the weights after all pending ones."""
+    B, H, Q, C = self.push_BxHxQxC.shape
+    return Coefficients(jnp.broadcast_to(self.push_BxHxQxC[:, :, :1], (B, H, length, C)),
+                        jnp.broadcast_to(self.turn[:, :, 0, :, None], (B, H, Q, length)), self.turn, self.push_BxHxQxC)
+
+  def factors(self) -> ops.Factors:
+    """The factors, without what is told of them."""
+    return ops.Factors(self.a, self.d, None, None, None)
+
+
+@struct.dataclass
+class NeuralState:
+  """Fast weights minus their start, and momenta, [B, H, Q, ...] by name; slot: pending tokens; tails of the streams; running means
+  of `RUNNING`. In modes token and exact the pending tokens; in mode block, whose weights take every token at once, those of the
+  chunk's start (minus the learned ones) from which it reads."""
+  fast: dict
+  slot_B: jax.Array
+  tail: dict
+  running_BxHxY: jax.Array
+  pending: Any = None
+  anchor: Any = None
+
+
+class NeuralStep(Memory):
+  """Parameters, state and `step` of the neural memory."""
+
+  def setup(self):
+    c, shared = self.config, dict(std=self.std, dtype=self.dtype, lora=self.lora)
+    (H, _, V), net = self.shape, self.rule.network
+    self.projections = NeuralProjections(c, self.width, self.dtype, self.std, self.lora, name='projections')
+    init = lambda shape: nn.initializers.normal(shape[0] ** -0.5) if len(shape) > 1 else nn.initializers.zeros_init()
+    make = lambda name, shape: self.param(name, partitioned(init(shape), ('heads', *(None,) * len(shape))), (H, *shape))
+    self.fast = {name: make(f'start_{name}', shape) for name, shape in net.fast.items()}
+    self.slow = {name: make(f'slow_{name}', shape) for name, shape in net.slow.items()}
+    if c.proj.out_norm: self.scale = self.param('scale', partitioned(nn.initializers.ones_init(), ('heads',)), (H * V,))
+    if c.proj.out_gate: self.out_gate = Linear(H * V, ('embed', 'heads'), name='out_gate', **shared)
+    self.out = Linear(self.width, ('heads', 'embed'), zero=self.grafted, name='out', **shared)
+
+  @property
+  def parts(self) -> NeuralProjections:
+    """The projections, unbound: shapes only, for use before parameters exist."""
+    return NeuralProjections(self.config, self.width, parent=None)
+
+  @property
+  def shape(self) -> tuple[int, int, int]:
+    """H, K, V."""
+    return self.parts.shape
+
+  @property
+  def rule(self) -> ops.Rule:
+    """The inner loop of the config."""
+    n, r, (_, K, V) = self.config.net, self.config.rule, self.shape
+    network = Network(K, V, n.kind, n.depth, n.expansion * K, n.activation, n.rank, n.has_residual, n.gain == 'slow', n.bias)
+    scale = {'half': 0.5, 'sum': 1.0, 'mean': 1 / V}[r.loss_scale]
+    argument = r.loss_argument or {'huber': 1.0, 'lp': 3.0}.get(r.loss, 0.0)
+    return ops.Rule(network, r.mode, r.loss, scale, argument, r.momentum, r.decay_to, r.read, r.grad_at, r.clip, r.clip_kind,
+                    r.first_order, self.config.exec.solver, self.dtype)
+
+  @property
+  def order(self) -> str:
+    """'after' or 'before'."""
+    return self.config.rule.read
+
+  @property
+  def inert(self) -> tuple[str, ...]:
+    """The learned start, where it is not to be learned."""
+    return () if self.config.net.learn_init else tuple(f'start_{name}' for name in self.rule.network.fast)
+
+  @property
+  def is_block(self) -> bool:
+    """Whether reads see the chunk's start alone, so that no tokens are pending."""
+    return self.config.rule.mode == 'block'
+
+  def init_state(self, batch: int, max_len: int = 0) -> NeuralState:
+    """The learned start and nothing pending; constant in the length of the text."""
+    del max_len
+    (H, K, V), C, Q = self.shape, self.config.chunk, self.rule.levels
+    fast = self.rule.network.fast
+    zeros = lambda *shape: jnp.zeros((batch, *shape), self.state_dtype)
+    state = NeuralState({name: zeros(H, Q, *shape) for name, shape in fast.items()}, jnp.zeros((batch,), jnp.int32),
+                        {name: zeros(*shape) for name, shape in self.parts.tails.items()}, zeros(H, len(RUNNING)))
+    if self.is_block: return state.replace(anchor={name: zeros(H, *shape) for name, shape in fast.items()})
+    return state.replace(pending=Pending(
+        {name: zeros(H, C, shape[0]) for name, shape in fast.items()}, {name: zeros(H, C, shape[-1]) for name, shape in fast.items()},
+        zeros(C, H, K), zeros(C, H, V), zeros(C, len(self.parts.names), H), zeros(H, Q, C), zeros(H, Q, Q)))
+
+  def project(self, x_BxLxD: jax.Array, position_BxL: jax.Array) -> NeuralInputs:
+    """Raw queries, keys and values, and the gates."""
+    del position_BxL
+    return self.projections(x_BxLxD)
+
+  def start(self, rows: int) -> ops.Weights:
+    """The learned start for some rows."""
+    wide = self.state_dtype
+    fast = {name: jnp.broadcast_to(a.astype(wide)[None], (rows, *a.shape)) for name, a in self.fast.items()}
+    if not self.config.net.learn_init: fast = jax.lax.stop_gradient(fast)
+    return ops.Weights(fast, {name: a.astype(wide) for name, a in self.slow.items()})
+
+  def step(self, state, inputs, mask_B=None, *, write_mask_B=None, reset_B=None):
+    """One token: convolve, take its gradient, read, and rewrite the weights in rows whose chunk it completes."""
+    reset_B = real_resets(reset_B, mask_B)
+    if reset_B is not None: state = where_rows(reset_B, jax.tree.map(jnp.zeros_like, state), state)
+    items, tail = self.projections.items(jax.tree.map(lambda a: a[:, None], inputs), state.tail)
+    written_B = both(mask_B, write_mask_B)
+    if written_B is None: written_B = jnp.ones(state.slot_B.shape, bool)
+    new, y_BxE, told = (self._block_step if self.is_block else self._token_step)(state, items, written_B)
+    running = RECENT * state.running_BxHxY + (1 - RECENT) * watched(told)[:, :, 0]
+    new = new.replace(tail=where_rows(written_B, tail, state.tail), running_BxHxY=where_rows(written_B, running, state.running_BxHxY))
+    return new, y_BxE if mask_B is None else jnp.where(mask_B[:, None], y_BxE, 0)
+
+  def tokens(self, items: NeuralItems) -> tuple[Any, ops.Tokens]:
+    """(gates [B, H, L], writes [B, H, L, ...]) of items."""
+    gates = self.projections.unpack(jnp.moveaxis(items.gate, (2, 3), (0, 2)))
+    heads = lambda a: jnp.swapaxes(a, 1, 2)
+    return gates, ops.Tokens(heads(items.key), heads(items.value), jnp.where(gates.write, gates.theta, 0), 1 - gates.alpha)
+
+  def _token_step(self, state, items, written_B):
+    rule, start, old = self.rule, self.start(written_B.shape[0]), state.pending
+    gates, tokens = self.tokens(items)
+    found = self._one_gradient(state, start, tokens)
+    (B, H, _, C), rows = old.push_BxHxQxC.shape, jnp.arange(written_B.shape[0])
+    slot = jnp.where(written_B, state.slot_B, C)                                      # C: dropped
+    given = steps(rule.momentum, jax.tree.map(lambda a: a[..., 0], gates))
+    at = jnp.broadcast_to(jax.nn.one_hot(slot, C, dtype=old.push_BxHxQxC.dtype)[:, None], (B, H, C))
+    turn, push = advance(given, old.turn, old.push_BxHxQxC, at)
+    put = lambda ring, one: ring.at[rows, :, slot].set(one[:, :, 0].astype(ring.dtype), mode='drop')
+    keep = lambda ring, one: ring.at[rows, slot].set(one[:, 0].astype(ring.dtype), mode='drop')
+    new = Pending({n: put(a, found.a[n]) for n, a in old.a.items()}, {n: put(d, found.d[n]) for n, d in old.d.items()},
+                  keep(old.key_BxCxHxK, items.key), keep(old.value_BxCxHxV, items.value), keep(old.gate_BxCxGxH, items.gate),
+                  where_rows(written_B, push, old.push_BxHxQxC),
+                  where_rows(written_B, turn - jnp.eye(turn.shape[-1], dtype=turn.dtype)[None, None], old.turn_BxHxQxQ))
+    seen = new if rule.read == 'after' else old
+    y_BxE = self._flat(self.read_pending(state.replace(pending=seen), items.query))[:, 0]
+    state = state.replace(pending=new, slot_B=jnp.where(written_B, state.slot_B + 1, state.slot_B))
+    full_B = state.slot_B == C
+    state = jax.lax.cond(jnp.any(full_B), lambda state: self._committed(state, start, full_B), lambda state: state, state)
+    return state, y_BxE, Told(found.loss, found.norm, found.kept)
+
+  def _one_gradient(self, state, start, tokens):
+    """The factors of one token, at the weights where the mode takes them."""
+    rule = self.rule
+    if rule.mode != 'exact': return ops.factors(rule, ops.anchor(start, state.fast), start.slow, tokens)
+    past = ops.read_tokens(rule, start, state.fast, tokens.key, found=state.pending.factors(), coefficients=state.pending.reads())
+    return ops.online_factors(rule, start, tokens, past, weigh=jnp.zeros((*tokens.weight.shape, 1), tokens.weight.dtype))
+
+  def _committed(self, state, start, full_B):
+    """The pending tokens of full rows moved into their weights."""
+    pending = state.pending
+    fast = ops.commit(self.rule, start, state.fast, found=pending.factors(), coefficients=pending.reads())
+    return state.replace(fast=where_rows(full_B, fast, state.fast), slot_B=jnp.where(full_B, 0, state.slot_B),
+                         pending=where_rows(full_B, jax.tree.map(jnp.zeros_like, pending), pending))
+
+  def _block_step(self, state, items, written_B):
+    rule, start = self.rule, self.start(written_B.shape[0])
+    gates, tokens = self.tokens(items)
+    weights = {name: start.fast[name] + a for name, a in state.anchor.items()}
+    found = ops.factors(rule, weights, start.slow, tokens)
+    fast = ops.commit(rule, start, state.fast, found=found, coefficients=coefficients(rule.momentum, gates, inside=False)[0])
+    y_BxE = self._flat(self.read_anchor(state, items.query))[:, 0]
+    slot_B = state.slot_B + 1
+    full_B = written_B & (slot_B == self.config.chunk)
+    moved = where_rows(full_B, {name: a[:, :, 0] for name, a in fast.items()}, state.anchor)
+    new = state.replace(fast=where_rows(written_B, fast, state.fast), anchor=moved,
+                        slot_B=jnp.where(written_B, jnp.where(full_B, 0, slot_B), state.slot_B))
+    return new, y_BxE, Told(found.loss, found.norm, found.kept)
+
+  def read_pending(self, state: NeuralState, query_BxLxHxK: jax.Array) -> jax.Array:
+    """y [B, L, H, V]: queries read the weights of the state, pending tokens included; nothing is written."""
+    query = jnp.swapaxes(query_BxLxHxK, 1, 2)
+    start = self.start(query.shape[0])
+    if self.is_block: return self.read_anchor(state, query_BxLxHxK)
+    y = ops.read_tokens(self.rule, start, state.fast, query, found=state.pending.factors(),
+                        coefficients=state.pending.reads(query.shape[2]))
+    return jnp.swapaxes(y, 1, 2)
+
+  def read_anchor(self, state: NeuralState, query_BxLxHxK: jax.Array) -> jax.Array:
+    """y [B, L, H, V]: queries read the weights of the chunk's start."""
+    memory = {name: a[:, :, None] for name, a in state.anchor.items()} if self.is_block else state.fast
+    query = jnp.swapaxes(query_BxLxHxK, 1, 2)
+    return jnp.swapaxes(ops.read_anchor(self.rule, self.start(query.shape[0]), memory, query), 1, 2)
+
+  def _flat(self, y_BxLxHxV):
+    return y_BxLxHxV.reshape(*y_BxLxHxV.shape[:2], -1).astype(self.dtype)
+
+  def readout(self, x_BxLxD: jax.Array, y_BxLxE: jax.Array) -> jax.Array:
+    """RMS norm of the read per head, optional gate, output projection."""
+    p, (H, _, V) = self.config.proj, self.shape
+    if p.out_norm:
+      wide = y_BxLxE.astype(self.state_dtype).reshape(*y_BxLxE.shape[:2], H, V)
+      wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + 1e-6)
+      y_BxLxE = (wide.reshape(y_BxLxE.shape) * self.scale.astype(wide.dtype).reshape(1, 1, -1)).astype(self.dtype)
+    if p.out_gate: y_BxLxE = y_BxLxE * getattr(jax.nn, p.out_gate)(self.out_gate(x_BxLxD))
+    return self.out(y_BxLxE)
+
+
+def watched(told: Told) -> jax.Array:
+  """What `RUNNING` averages, of each token [..., Y], without gradient."""
+  one = jnp.ones_like(told.loss)
+  parts = one, told.loss, told.norm, told.norm ** 2, (told.kept < 1).astype(one.dtype)
+  return jax.lax.stop_gradient(jnp.stack(parts, -1))
