@@ -16,6 +16,7 @@ from memjax.data.gguf_tokenizer import begins_with_bos, gguf_tokenizer, special_
 from memjax.data.subword import FILE, SubwordTokenizer
 from memjax.models.decoder import Decoder, inference_model
 from memjax.models.quantized import kernel_quantization, with_quant
+from memjax.models.unrolled import unrolled
 
 
 class Host(NamedTuple):
@@ -81,8 +82,9 @@ def _open_folder(path: str, dtype: str, quantize: str) -> Host:
 
 
 def _load(config: ModelConfig, tensors: Tensors, dtype: str, quantize: str) -> tuple[ModelConfig, Any]:
-  """(config, parameters)."""
+  """(config, parameters), the layers unrolled."""
   stored = config.block.quant.storage
   if quantize and stored: raise UserError(f'--quantize={quantize}: {tensors.folder} is stored as {stored} already')
   if quantize: config = with_quant(config, kernel_quantization(quantize))
+  config = unrolled(config)
   return config, load_params(config, packed(tensors, config), param_dtype=dtype)
