@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from memjax.adapters.gguf_types import decode, encode, type_named
 from memjax.adapters.pretrained import Tensors
 from memjax.config.errors import UserError, shown
 from memjax.config.schema import ModelConfig
@@ -19,7 +20,8 @@ LENGTH = 16                        # tokens of each prompt
 TALKS = (({'role': 'user', 'content': 'Hello'},),
          ({'role': 'system', 'content': 'Be brief.'}, {'role': 'user', 'content': ' a <b> '}, {'role': 'assistant', 'content': 'c'},
           {'role': 'user', 'content': 'd'}))
-LIMITS = {'float32': 1e-5, 'float16': 5e-3, 'bfloat16': 3e-2}      # largest difference of logits by the largest logit
+EXACT = 1e-5                       # largest difference of logits by the largest logit, against the numbers that were meant
+ROUNDED = {'float32': 1e-5, 'float16': 5e-3, 'bfloat16': 3e-2}     # and against those before rounding; a model beyond is warned of
 
 
 class Agreement(NamedTuple):
@@ -58,12 +60,34 @@ def agreement(want_BxLxA: np.ndarray, have_BxLxA: np.ndarray) -> Agreement:
   return Agreement(float(difference), float((np.exp(want) * (want - have)).sum(-1).mean()), float(choices))
 
 
-def check_logits(want_BxLxA: np.ndarray, have_BxLxA: np.ndarray, dtype: str = '') -> Agreement:
-  """The agreement. Raises UserError beyond the limit of `dtype` ('' = stored in few bits: there is none), and for NaN."""
-  found = agreement(want_BxLxA, have_BxLxA)
-  limit = LIMITS.get(dtype, np.inf)
-  if not found.difference <= limit: raise UserError(f'the logits of what was written differ by {found.difference:.1e}, {limit:g} at most')
-  return found
+def check_logits(want_BxLxA: np.ndarray, have_BxLxA: np.ndarray) -> None:
+  """Raises UserError for logits of what was written that are not those of the numbers that were meant, and for NaN."""
+  found = agreement(want_BxLxA, have_BxLxA).difference
+  if not found <= EXACT: raise UserError(f'the logits of what was written differ by {found:.1e} of the largest, {EXACT:g} at most')
+
+
+class Rounded:
+  """The tensors `rows` with the numbers that a file keeps of them; `kinds` are types of GGUF by name, where they are stored so."""
+  folder = 'the model in memory'
+
+  def __init__(self, rows: Mapping[str, Any], kinds: Mapping[str, str] | None = None):
+    self.rows, self.kinds = rows, kinds or {}
+
+  @property
+  def names(self) -> list[str]:
+    """All tensors."""
+    return list(self.rows)
+
+  def shape(self, name: str) -> tuple[int, ...]:
+    """The shape of one."""
+    return self.rows[name].shape
+
+  def read(self, name: str) -> np.ndarray:
+    """One as it is stored, in float32."""
+    x = np.asarray(self.rows[name])
+    if name not in self.kinds: return x.astype(np.float32)
+    kind = type_named(self.kinds[name])
+    return decode(kind, encode(kind, x)).reshape(x.shape)
 
 
 def check_rows(want: Mapping[str, Any], have: Tensors) -> None:

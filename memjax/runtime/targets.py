@@ -9,7 +9,7 @@ import numpy as np
 
 from memjax.adapters import graft
 from memjax.adapters.export_config import config_json, difference, plain_config, without_windows
-from memjax.adapters.export_gguf import gguf_metadata, gguf_tensors
+from memjax.adapters.export_gguf import gguf_metadata, gguf_name, gguf_tensors
 from memjax.adapters.export_hf import SHARD, hf_rows, nbytes_of, write_json, write_weights
 from memjax.adapters.families import EMBED
 from memjax.adapters.gguf_model import GgufModel
@@ -25,7 +25,17 @@ from memjax.config.schema import ModelConfig
 from memjax.layers.tree import named
 from memjax.models.quantized import parse_quantization, quantize_banks, quantize_host, with_quant
 from memjax.runtime.exporting import Merged, Model, merge_model, publish
-from memjax.runtime.selfcheck import LIMITS, check_logits, check_rows, check_texts, forward_of, prompt_tokens
+from memjax.runtime.selfcheck import (
+  ROUNDED,
+  Agreement,
+  Rounded,
+  agreement,
+  check_logits,
+  check_rows,
+  check_texts,
+  forward_of,
+  prompt_tokens,
+)
 from memjax.runtime.texts import gguf_texts, open_texts, token_ids, write_texts
 
 logger = logging.getLogger(__name__)
@@ -48,10 +58,10 @@ def to_hf(model: Model, output: str, *, dtype: str = '', limit: int = SHARD) -> 
   """
   merged = merge_model(model)
   usual = dtype or model.stored.get(EMBED, 'float32')
-  rows = hf_rows(merged.host_config, merged.host, {})
-  rows = hf_rows(merged.host_config, merged.host, {name: dtype or model.stored.get(name, usual) for name in rows})
   tree = config_json(merged.host_config, context=model.texts.context or USUAL_CONTEXT, dtype=usual, given=model.texts.tree,
                      more=token_ids(model.texts))
+  rows = hf_rows(merged.host_config, merged.host, {})
+  rows = hf_rows(merged.host_config, merged.host, {name: dtype or model.stored.get(name, usual) for name in rows})
 
   def write(folder: str) -> None:
     os.makedirs(folder)
@@ -67,7 +77,8 @@ def to_hf(model: Model, output: str, *, dtype: str = '', limit: int = SHARD) -> 
     check_rows(rows, tensors)
     check_texts(model.texts, open_texts(folder))
     params = load_params(config, tensors)
-    _compare(model, merged, (config, params), max((row.dtype.name for row in rows.values()), key=LIMITS.get))
+    found = _compare(model, merged, (config, params), Rounded(rows))
+    _warn(found, max((row.dtype.name for row in rows.values()), key=ROUNDED.get))
     if merged.has_memory: _write_memory(folder, merged, params)
   publish(output, write, check)
   if merged.has_memory: logger.info('the memories are beside the host, in %s', os.path.join(output, graft.FILE))
@@ -89,13 +100,16 @@ def to_gguf(model: Model, output: str, *, kind: str = 'F16') -> None:
   general = {'general.name': os.path.basename(os.path.abspath(model.source)), 'general.license': model.texts.licence}
   metadata = gguf_metadata(tree, config, kind) | {key: value for key, value in general.items() if value}
   metadata |= gguf_texts(model.texts, config.vocabulary)
-  tensors = gguf_tensors(tree, config, hf_rows(merged.host_config, merged.host, {}), kind)
+  rows = hf_rows(merged.host_config, merged.host, {})
+  tensors = gguf_tensors(tree, config, rows, kind)
 
   def check(path: str) -> Any:
     file = GgufModel(path)
     check_texts(model.texts, open_texts(path))
     params = load_params(file.config(), file)
-    _compare(model, merged._replace(host_config=wide), (file.config(), params), FLOATS.get(kind, ''))
+    meant = Rounded(rows, {name: tensors[gguf_name(name)].type for name in rows})
+    found = _compare(model, merged._replace(host_config=wide), (file.config(), params), meant)
+    if kind in FLOATS: _warn(found, FLOATS[kind])
     return params
   params = publish(output, lambda path: _write_gguf(path, metadata, tensors), check)
   if not merged.has_memory: return
@@ -142,8 +156,10 @@ def to_quantized(model: Model, output: str, *, storage: str = 'int8') -> tuple[M
   cannot be packed so, and where what was written differs.
   """
   merged = merge_model(model)
-  config, params, told = quantize_host(merged.config, merged.params, _storage(merged.params, storage))
-  if any(mixer.kind == 'bank' for mixer in config.mixers.values()):
+  config, params, told = model.config, model.params, None
+  if config.block.lora.rank or config.block.quant.storage != storage:
+    config, params, told = quantize_host(merged.config, merged.params, _storage(merged.params, storage))
+  if any(mixer.kind == 'bank' and not mixer.quant.bits for mixer in config.mixers.values()):
     config, params = quantize_banks(config, params, parse_quantization(storage))
   host_config, host = graft.host_of(config), graft.split_adapter(params, config)[0]
   tree = config_json(merged.host_config, context=model.texts.context or USUAL_CONTEXT, dtype='float32', given=model.texts.tree,
@@ -160,10 +176,10 @@ def to_quantized(model: Model, output: str, *, storage: str = 'int8') -> tuple[M
     found, again = load_quantized(folder)
     if not _equal(host, again): raise UserError('the packed tensors differ from what was meant')
     check_texts(model.texts, open_texts(folder))
-    _compare(model, merged, (found, again), '')
+    _compare(model, merged, (found, again))
     if merged.has_memory: _check_memory(folder, config, params)
   publish(output, write, check)
-  logger.info('%s', told.line())
+  logger.info('%s', told.line() if told else f'the kernels were stored as {storage} already')
   return config, params
 
 
@@ -175,16 +191,28 @@ def _storage(params: Any, storage: str) -> QuantConfig:
   return QuantConfig(storage=storage, exclude=tuple(f'^{re.escape(path)}$' for path in left))
 
 
-def _compare(model: Model, merged: Merged, have: tuple[ModelConfig, Any], dtype: str) -> None:
-  """Raises UserError unless the model that was read back is the one in memory; says how close it is."""
-  found = difference(with_quant(have[0], QuantConfig()), plain_config(merged.host_config))
-  if found: raise UserError(f'what was written is another model: {found} differs')
+def _compare(model: Model, merged: Merged, have: tuple[ModelConfig, Any], meant: Rounded | None = None) -> Agreement:
+  """How close the model that was read back is to the one in memory.
+
+  Raises UserError if its config is another, or its logits are not those of the numbers in `meant`.
+  """
+  config, params = have
+  path = difference(with_quant(config, QuantConfig()), plain_config(merged.host_config))
+  if path: raise UserError(f'what was written is another model: its {path} differs')
   token_BxL = prompt_tokens(model.texts.words.tokenizer, merged.host_config.vocabulary)
-  forward = forward_of(have[0])
-  is_alike = all(getattr(have[0], name) == getattr(merged.host_config, name) for name in (*graft.LAYOUT, 'block'))
-  want = (forward if is_alike else forward_of(merged.host_config))(merged.host, token_BxL)
-  found = check_logits(want, forward(have[1], token_BxL), dtype)
+  forward = forward_of(config)
+  is_alike = all(getattr(config, name) == getattr(merged.host_config, name) for name in (*graft.LAYOUT, 'mixers', 'block'))
+  want, got = (forward if is_alike else forward_of(merged.host_config))(merged.host, token_BxL), forward(params, token_BxL)
+  if meant is not None: check_logits(forward(load_params(config, meant), token_BxL), got)
+  found = agreement(want, got)
   logger.info('read back: %s; %d linear maps merged', found, merged.maps)
+  return found
+
+
+def _warn(found: Agreement, dtype: str) -> None:
+  """Says so where rounding alone moves the logits further than it usually does."""
+  if found.difference > ROUNDED[dtype]:
+    logger.warning('%s moves the logits by %.1e of the largest, usually %g at most', dtype, found.difference, ROUNDED[dtype])
 
 
 def _write_memory(folder: str, merged: Merged, host: Any) -> None:

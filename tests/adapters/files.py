@@ -28,10 +28,11 @@ def framed(header, data=b''):
 
 
 def write_folder(folder, config, tensors, *, shards=1, dtype='float32'):
-  """config.json and the tensors in one file, or dealt out over shards with an index."""
+  """config.json and the tensors in one file, or dealt out over shards with an index; `dtype` may go by name."""
   folder.mkdir(parents=True, exist_ok=True)
   (folder / 'config.json').write_text(json.dumps(config))
-  tensors = {name: np.asarray(value).astype(jnp.dtype(dtype)) for name, value in tensors.items()}
+  kind = lambda name: jnp.dtype(dtype[name] if isinstance(dtype, dict) else dtype)
+  tensors = {name: np.asarray(value).astype(kind(name)) for name, value in tensors.items()}
   if shards == 1:
     (folder / 'model.safetensors').write_bytes(safetensors(tensors))
     return str(folder)
