@@ -95,7 +95,7 @@ class ModelConfig:
   def _check_width(self, path, mixer):
     """What a mixer derives from the width of the model must come out even."""
     if check_bank_width(path, mixer, self.width): return
-    heads = getattr(mixer, 'heads', 1)
+    heads = getattr(mixer, 'heads', 1) or max(self.width // 64, 1)                  # of kind neural, 0 = 64 channels each
     given = getattr(mixer, 'head_width', 0) or getattr(mixer, 'key_width', 0)
     refuse(not given and self.width % heads != 0, f'{path}.heads={heads} does not divide width={self.width}')
     derived = given or self.width // heads
