@@ -33,6 +33,7 @@ KINDS = {'context': ContextConfig(heads=2, slots=4, ratio=2, out_gate='silu'),
          'holographic': HolographicConfig(heads=2, slots=4), 'window': WindowConfig(heads=2, window=3),
          'holographic_seed': HolographicSeedConfig(key_width=D)}
 MODEL = with_lora(HOST, EVERY)
+DORA = with_lora(HOST, dataclasses.replace(EVERY, dora=True))
 QUERY_VALUE = LoraConfig(rank=4, alpha=8.0, targets=('/(query|value)/kernel$',))
 TOKEN, POSITION = jnp.arange(B * L).reshape(B, L) % A, jnp.broadcast_to(jnp.arange(L), (B, L))
 CALLS = {}
@@ -144,6 +145,25 @@ def test_memories_prepare_with_their_changes(host, changed):
   np.testing.assert_allclose(jax.jit(call)(params), logits(MODEL, params), atol=1e-5)
 
 
+def test_magnitudes_start_as_they_are_and_merge(host):
+  """DoRA: the start is the host bit for bit; m (W + s A B) / ||W + s A B|| afterwards, merged or not."""
+  begun = start(DORA, host, jax.random.key(0))
+  np.testing.assert_array_equal(logits(DORA, begun), logits(HOST, host))
+  assert {path for path, x in named(begun).items() if path.endswith('/lora_m')} == {
+      path.replace('/kernel', '/lora_m') for path in extract(begun, DORA.block.lora)} and not begun['head']['lora_m'].any()
+  adapter = random_adapter(DORA, 1)
+  params, merged = insert(host, adapter), merge(host, [adapter])
+  full = logits(DORA, params)
+  np.testing.assert_allclose(logits(HOST, merged), full, atol=1e-5 * np.abs(full).max())
+  assert np.abs(full - logits(HOST, host)).max() > 0.1 * np.abs(full).max() and same(unmerge(merged, kernels_of(host, [adapter])), host)
+  for path, (a, b, scale, magnitude) in adapter.items():
+    v = np.asarray(named(host)[path], np.float64) + scale * np.asarray(a, np.float64) @ np.asarray(b, np.float64)
+    exact = v / np.linalg.norm(v, axis=-2, keepdims=True) * np.asarray(magnitude)[..., None, :]
+    np.testing.assert_allclose(named(merged)[path], exact, atol=2e-6)
+    np.testing.assert_allclose(extract(params, DORA.block.lora)[path].magnitude, magnitude, rtol=1e-6)
+  assert size_of(adapter) - size_of(random_adapter(MODEL, 1)) == sum(factors.magnitude.size for factors in adapter.values())
+
+
 def test_several_at_once_are_a_weighted_sum(host):
   one, other = random_adapter(MODEL, 1), random_adapter(with_lora(HOST, QUERY_VALUE), 2)
   both, flat = named(merge(host, [one, other], [0.5, -2.0])), named(host)
@@ -224,6 +244,10 @@ REFUSALS = {
     'not a kernel': (lambda h, a: insert(h, {'norm/scale': a['head/kernel']}), 'has no kernel norm/scale'),
     'another shape': (lambda h, a: merge(h, [broken(a, a=jnp.ones((3, 3)))]), 'does not fit'),
     'NaN': (lambda h, a: merge(h, [broken(a, b=next(iter(a.values())).b * jnp.nan)]), 'holds NaN or infinity'),
+    'magnitudes': (lambda h, a: merge(h, [broken(a, magnitude=jnp.ones(3))]), 'magnitudes [3] do not fit'),
+    'NaN in magnitudes': (lambda h, a: merge(h, [broken(a, magnitude=next(iter(a.values())).b[..., 0, :] * jnp.nan)]), 'holds NaN or'),
+    'two with magnitudes': (lambda h, a: merge(h, [a, random_adapter(DORA)]), 'has magnitudes (DoRA); it is merged alone, with weight 1'),
+    'half of magnitudes': (lambda h, a: merge(h, [random_adapter(DORA)], [0.5]), 'it is merged alone, with weight 1'),
     'weights': (lambda h, a: merge(h, [a], [1.0, 2.0]), '2 weights for 1 adapters'),
     'target without kernel': (lambda h, a: param_shapes(build_decoder(with_lora(HOST, LoraConfig(rank=2, targets=('/q_proj/',))))),
                               "lora.targets holds '/q_proj/', which matches no kernel"),
