@@ -61,8 +61,9 @@ def observe(found: Run, tokens: Tokens, *, rows: int, length: int) -> tuple[dict
   and gate, the sizes of its reads, and how well items are recalled after a delay; what `report_banks` says of banks; and a
   piece of the predictions. A model whose router sees the future cannot be read in pieces: no slots, 'in_pieces' False.
   """
-  length = min(length, max(len(tokens) // rows, 2))
-  batch = next(eval_batches(tokens, batch=rows, length=length, stream=True))
+  is_text = tokens.weight_N is None                     # conversations are read whole, as in training
+  length = min(length, max(len(tokens) // rows, 2)) if is_text else found.config.training.length
+  batch = next(eval_batches(tokens, batch=rows, length=length, stream=is_text))
   places = list_places(found.model.config)
   call = functools.partial(_call, found.model)
   in_pieces = not run_tags(found.model.config)
