@@ -14,7 +14,8 @@ from memjax.adapters.graft import load_adapter, split_adapter
 from memjax.adapters.lora import extract, merge
 from memjax.adapters.peft import load_peft
 from memjax.adapters.pretrained import load_pretrained, open_pretrained
-from memjax.adapters.quantized import QuantizedTensors, load_quantized
+from memjax.adapters.quantized import TYPES, load_quantized
+from memjax.adapters.safetensors import SafeTensors
 from memjax.config.flags import call
 from memjax.config.schema import OptimizerConfig
 from memjax.data.gguf_tokenizer import gguf_tokenizer
@@ -167,14 +168,14 @@ def test_fewer_bits(storage, do, place, tmp_path):
   """The folder holds no float kernel that could be packed and loads as it was, without one; banks are packed as well (Q7.5)."""
   path, said = do('--to=quantized', f'--quantize={storage}', '--workdir=PLACE/both', f'--output={tmp_path}/m')
   assert 'kernels in fewer bits' in said and ('stay float32' in said) == (storage == 'nf4')
-  tensors = QuantizedTensors(path)
-  kinds = {name: tensors.read(name).dtype.name for name in tensors.names if 'proj' in name and not name.endswith('_scale')}
-  codes = {'int8': 'int8', 'nf4': 'uint8'}[storage]
+  kinds = {name: entry.dtype for name, entry in SafeTensors(f'{path}/quantized.safetensors', TYPES).entries.items()}
+  kinds = {name: kind for name, kind in kinds.items() if 'proj' in name and not name.endswith('_scale')}
+  codes = {'int8': 'I8', 'nf4': 'U8'}[storage]
   assert len(kinds) == 14 and {kind for name, kind in kinds.items() if storage == 'int8' or 'down' not in name} == {codes}
-  config, params = load_adapter(path, *load_quantized(path))
-  flat = named(params)
-  assert {x.dtype.name for name, x in flat.items() if name.endswith('entries_codes')} == {codes} and not config.block.lora.rank
-  assert not [name for name in flat if name.endswith('attention/query/kernel')]
+  table = SafeTensors(f'{path}/{graft.FILE}', TYPES).entries
+  assert {entry.dtype for name, entry in table.items() if name.endswith('entries_codes')} == {codes}
+  assert not [name for name in table if name.endswith('/entries')]
+  assert json.loads((tmp_path / 'm' / 'config.json').read_text())['vocab_size'] == 61
 
 
 @pytest.mark.slow
@@ -361,6 +362,7 @@ def test_refused(words, message, do, place, tmp_path):
   assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_run_of_its_own(do, place, tmp_path):
   """Attention alone, trained without a host: a folder of Llama that writes, its end the token between documents."""
   config = run_config(place / 'host', lora=None, memory=False)
