@@ -3,18 +3,22 @@ import json
 import re
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from memjax.adapters.families import family_config, tensor_places
 from memjax.adapters.lora import Factors, extract, insert, merge, strip, with_lora
 from memjax.adapters.peft import CONFIG, TENSORS, load_peft, save_peft
+from memjax.adapters.pretrained import load_pretrained
 from memjax.adapters.safetensors import SafeTensors
 from memjax.config.errors import UserError
 from memjax.config.lora import LoraConfig, scale_of
 from memjax.layers.tree import named
 from memjax.models.decoder import build_decoder, param_shapes
 from tests.adapters.files import cases, safetensors, tensors_of, write_folder
+from tests.adapters.make_peft import CASE, HERE, METHODS, TOKEN
 from tests.adapters.test_lora import QUERY_VALUE, random_params, same
 
 LLAMA = family_config(cases()['llama_plain']['config'])
@@ -69,6 +73,24 @@ def test_files_are_those_of_the_specification(tmp_path):
     moved = (merged[path] - named(params)[path])[place.repeat if place.repeat >= 0 else ...]
     if a in file.entries: np.testing.assert_allclose(moved.T, 2 * file.read(a.replace('_A', '_B')) @ file.read(a), atol=1e-5)
     else: assert not moved.any()
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_adapters_that_peft_wrote(method, tmp_path):
+  """Q6.4: the logits of PEFT with its own adapter, unmerged and merged; far from those of the host."""
+  host, params = load_pretrained(write_folder(tmp_path / CASE, cases()[CASE]['config'], tensors_of(CASE)))
+  config, adapter = load_peft(str(HERE / method), host)
+  assert len(adapter) == 3 and config.block.lora.dora == (method == 'dora') != config.block.lora.stabilised
+  meant = np.load(HERE / method / 'logits.npy')
+  def call(config, params):
+    model = build_decoder(config)
+    state, position = model.init_state(len(TOKEN)), jnp.broadcast_to(jnp.arange(TOKEN.shape[1]), TOKEN.shape)
+    return model.apply({'params': params}, jnp.asarray(TOKEN), state, position_BxL=position)[0]
+  def both(params, merged): return call(config, params), call(host, merged), call(host, params)
+  full, merged, plain = jax.jit(both)(insert(params, adapter), merge(params, [adapter]))
+  np.testing.assert_allclose(full, meant, atol=1e-4)
+  np.testing.assert_allclose(merged, meant, atol=1e-4)
+  assert np.abs(plain - meant).max() > 1
 
 
 def test_what_reads_back_differently_does_not_take_the_name(tmp_path, monkeypatch):
