@@ -1,0 +1,64 @@
+"""The configuration of the neural memory: every refusal has a case."""
+import re
+
+import pytest
+
+from memjax.config import neural
+from memjax.config.neural import NeuralConfig, NeuralExecConfig, NeuralGatesConfig, NeuralNetConfig, NeuralProjConfig, NeuralRuleConfig
+from memjax.config.schema import ModelConfig
+from tests.test_config import message_of, rules
+
+MATRIX, EXACT, CONSTANT = NeuralNetConfig(kind='linear'), NeuralRuleConfig(mode='exact'), NeuralRuleConfig(forget=False)
+
+
+def model(width=64, **mixer): return ModelConfig(width=width, mixers={'mem': NeuralConfig(**mixer)}, pattern=('mem',))
+
+
+REFUSED = [
+  (lambda: NeuralNetConfig(kind='swiglu', depth=3), 'depth applies to mlp, gated, factorised, low_rank, not to swiglu'),
+  (lambda: NeuralNetConfig(kind='linear', expansion=2), 'expansion applies to networks with an inner width, not to linear'),
+  (lambda: NeuralNetConfig(kind='swiglu', activation='relu'), 'activation applies to mlp, gated, factorised and low_rank, not to swiglu'),
+  (lambda: NeuralNetConfig(rank=3), 'rank applies to factorised and low_rank, not to mlp'),
+  (lambda: NeuralNetConfig(residual='off', gain='slow'), 'gain applies to the residual form, which is off'),
+  (lambda: NeuralNetConfig(kind='gated', bias=True), 'bias applies to linear and mlp, not to gated'),
+  (lambda: NeuralRuleConfig(mode='exact', clip=1.0), "clip needs the gradient before the solve, which mode 'exact' does not have"),
+  (lambda: NeuralRuleConfig(mode='exact', loss='huber'), "loss='huber' is not linear; mode 'exact' needs l2"),
+  (lambda: NeuralRuleConfig(grad_at='decayed'), "grad_at applies to mode 'exact', not to 'token'"),
+  (lambda: NeuralRuleConfig(mode='exact', grad_at='decayed', forget=False), 'grad_at needs forget'),
+  (lambda: NeuralRuleConfig(clip_kind='soft'), 'clip_kind applies to clip, which is off'),
+  (lambda: NeuralRuleConfig(loss='kl', loss_scale='sum'), 'loss_scale applies to l2, huber and lp, not to kl'),
+  (lambda: NeuralRuleConfig(loss_argument=2.0), 'loss_argument applies to huber and lp, not to l2'),
+  (lambda: NeuralRuleConfig(loss='lp', loss_argument=.5), 'loss_argument=0.5 of lp must be at least 1'),
+  (lambda: NeuralRuleConfig(decay_to='zero', forget=False), 'decay_to needs forget'),
+  (lambda: NeuralRuleConfig(mode='block', read='before'), "read applies to modes 'token' and 'exact'"),
+  (lambda: NeuralGatesConfig(theta_raw=True, theta_norm='none'), "theta_norm='none' does not apply to theta_raw"),
+  (lambda: NeuralGatesConfig(theta_raw=True, theta_momentum_norm=False), 'theta_momentum_norm does not apply to theta_raw'),
+  (lambda: NeuralProjConfig(conv_width=1), 'conv_width=1 mixes no tokens; 0 is off'),
+  (lambda: NeuralConfig(rule=EXACT), "rule.mode='exact' needs net.kind='linear' without residual, not 'mlp'"),
+  (lambda: NeuralConfig(rule=EXACT, net=NeuralNetConfig(kind='linear', residual='on')), "rule.mode='exact' needs"),
+  (lambda: NeuralConfig(rule=EXACT, net=MATRIX, gates=NeuralGatesConfig(theta_norm='chunk')), "gates.theta_norm='chunk' would make"),
+  (lambda: NeuralConfig(exec=NeuralExecConfig(solver='lax')), "exec.solver applies to rule.mode='exact', not to 'token'"),
+  (lambda: NeuralConfig(key_width=8, value_width=4), 'value_width must be key_width in the residual form of net'),
+  (lambda: NeuralConfig(rule=CONSTANT, gates=NeuralGatesConfig(alpha_bias=-5.0)), 'gates.alpha_bias needs rule.forget'),
+  (lambda: NeuralConfig(rule=NeuralRuleConfig(momentum='none'), gates=NeuralGatesConfig(eta_bias=1.0)), 'gates.eta_bias needs'),
+  (lambda: NeuralConfig(rule=NeuralRuleConfig(momentum='none'), gates=NeuralGatesConfig(theta_momentum_norm=False)),
+   'gates.theta_momentum_norm needs rule.momentum'),
+  (lambda: model(heads=7), 'mixers.mem.heads=7 does not divide width=64'),
+]
+
+
+@pytest.mark.parametrize('build, says', REFUSED, ids=[says for _, says in REFUSED])
+def test_combination_is_refused(build, says):
+  assert f'.{says}' in message_of(build)
+
+
+def test_every_rule_has_a_case():
+  messages = [message_of(build) for build, _ in REFUSED]
+  missing = [line for line, rule in rules(neural) if not any(re.search(rf'\.{rule}', text) for text in messages)]
+  assert not missing, f'no case for the rules of lines {missing}'
+
+
+def test_heads_follow_the_width():
+  """64 channels a head, or one head of all."""
+  assert all(model(width=width).mixers['mem'].heads == 0 for width in (32, 64, 128))
+  assert 'mixers.mem.heads=2 does not divide width=129' in message_of(lambda: model(width=129))
