@@ -1,0 +1,111 @@
+"""Every option of the neural memory does something, as in tests/memory/test_bank_options.py; fields and choices without a row fail."""
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from memjax.config.neural import NeuralConfig, NeuralNetConfig
+from memjax.memory.registry import make_memory
+from tests.laws.test_laws import parameters
+from tests.memory.test_options import Memory, change, differs, fields_of
+
+B, L, D = 1, 7, 8
+BASE = NeuralConfig(heads=2, chunk=3, net=NeuralNetConfig(expansion=1))
+MATRIX = {'net.kind': 'linear', 'net.expansion': 4}
+EXACT = {**MATRIX, 'rule.mode': 'exact'}
+CLIP, BLOCK, HUBER = {'rule.clip': 0.01}, {'rule.mode': 'block'}, {'rule.loss': 'huber'}
+LOW, RAW = {'net.kind': 'low_rank'}, {'gates.theta_raw': True}
+GELU, SECOND = {'net.activation': 'gelu'}, {'rule.momentum': 'second'}
+
+# (fields, what they change, the rest of the config where they apply); effects as in tests/memory/test_options.py, and
+#   grads: the gradients alone
+TABLE = [
+    ({'heads': 4}, 'shape', {}), ({'key_width': 2}, 'shape', {}), ({'value_width': 2}, 'shape', MATRIX), ({'chunk': 2}, 'output', {}),
+    ({'chunk': 2}, 'trace', EXACT),
+    (MATRIX, 'shape', {}), *(({'net.kind': kind}, 'shape', {}) for kind in ('swiglu', 'gated', 'factorised')), (LOW, 'shape', {}),
+    ({'net.kind': 'mlp'}, 'shape', LOW), ({'net.depth': 3}, 'shape', {}), ({'net.expansion': 2}, 'shape', {}),
+    ({'net.rank': 3}, 'shape', LOW),
+    *(({'net.activation': name}, 'output', GELU) for name in ('silu', 'relu', 'tanh')), (GELU, 'output', {}),
+    ({'net.residual': 'off'}, 'shape', {}), ({'net.residual': 'on'}, 'shape', MATRIX), ({'net.gain': 'slow'}, 'shape', {}),
+    ({'net.bias': True}, 'shape', {}), ({'net.learn_init': False}, 'grads', {}),
+    (BLOCK, 'output', {}), ({'rule.mode': 'exact'}, 'output', MATRIX),
+    *(({'rule.loss': name}, 'output', {}) for name in ('dot', 'huber', 'lp', 'kl')),
+    ({'rule.loss_scale': 'sum'}, 'output', {}), ({'rule.loss_scale': 'mean'}, 'output', {}), ({'rule.loss_argument': .2}, 'output', HUBER),
+    ({'rule.momentum': 'none'}, 'shape', {}), ({'rule.momentum': 'nesterov'}, 'output', {}), (SECOND, 'shape', {}),
+    ({'rule.forget': False}, 'shape', {}), ({'rule.decay_to': 'zero'}, 'output', {}), ({'rule.read': 'before'}, 'output', {}),
+    ({'rule.grad_at': 'decayed'}, 'output', EXACT), (CLIP, 'output', {}), ({'rule.clip_kind': 'soft'}, 'output', CLIP),
+    ({'rule.first_order': True}, 'grads', {}),
+    ({'gates.theta_base': 1.0}, 'output', {}), ({'gates.theta_bias': 1.0}, 'start', {}), ({'gates.theta_norm': 'none'}, 'output', {}),
+    ({'gates.theta_norm': 'chunk'}, 'output', {'gates.theta_norm': 'none'}), ({'gates.theta_momentum_norm': False}, 'output', {}),
+    (RAW, 'output', {}), ({'gates.theta_base': 1.0}, 'output', RAW), ({'gates.eta_bias': 1.0}, 'start', {}),
+    ({'gates.alpha_bias': -3.0}, 'start', {}),
+    ({'proj.conv_width': 0}, 'shape', {}), ({'proj.activation': ''}, 'output', {}), ({'proj.qk_norm': 'rms'}, 'output', {}),
+    ({'proj.qk_norm': 'none'}, 'output', {}), ({'proj.lookahead': True}, 'output', {}), ({'proj.out_norm': False}, 'shape', {}),
+    ({'proj.out_gate': ''}, 'shape', {}), ({'proj.out_gate': 'sigmoid'}, 'output', {}),
+    ({'exec.spare': 1}, 'trace', {}), ({'exec.group': -1}, 'trace', {}), ({'exec.unroll': 2}, 'trace', {}),
+    ({'exec.solver': 'lax'}, 'trace', EXACT),
+]
+
+
+class Neural(Memory):
+  """The same of a neural memory; results are compiled."""
+
+  def __init__(self, config):
+    self.memory, self.key = make_memory(config, D), jax.random.key(4)
+    self.x, self.position = jax.random.normal(jax.random.key(1), (B, L, D)), jnp.arange(L)[None]
+    self.token, self.state = self.position, self.memory.init_state(B, L)
+
+  @property
+  def first(self): return self.x[:, :1], self.state, self.position[:, :1]          # one token has all parameters, and is traced sooner
+
+  @functools.cached_property
+  def params(self): return parameters(self.memory, *self.first)
+
+  @functools.cached_property
+  def start(self):
+    x, state, position = self.first
+    return jax.jit(lambda key: nn.unbox(self.memory.init(key, x, state, position_BxL=position)))(self.key)
+
+  @functools.cached_property
+  def out(self): return np.asarray(jax.jit(self.call)(self.params)[0])
+
+  @functools.cached_property
+  def grads(self): return jax.jit(jax.grad(lambda params: self.call(params)[0].sum()))(self.params)
+
+
+find = functools.cache(Neural)
+
+
+def timed(row):
+  """The row as a parameter; those that compile are slow."""
+  return pytest.param(*row, id=f'{row[0]} {row[2]}', marks=[] if row[1] in ('shape', 'start') else [pytest.mark.slow])
+
+
+@pytest.mark.parametrize(('fields', 'effect', 'rest'), [timed(row) for row in TABLE])
+def test_option(fields, effect, rest):
+  old, new = find(change(BASE, rest)), find(change(BASE, {**rest, **fields}))
+  if effect == 'shape':
+    assert old.shapes != new.shapes
+    return
+  assert old.shapes == new.shapes
+  if effect == 'start':
+    assert differs(old.start, new.start)
+    return
+  assert np.isfinite(new.out).all()
+  if effect == 'output': assert np.abs(new.out - old.out).max() > 1e-4
+  else: np.testing.assert_allclose(new.out, old.out, atol=1e-5 * np.abs(old.out).max())
+  if effect == 'grads': assert differs(old.grads, new.grads)
+  if effect == 'trace': assert new.trace != old.trace
+
+
+def test_every_field_and_every_choice_has_a_row():
+  rows = {}
+  for fields, _, rest in TABLE:
+    for path, value in fields.items(): rows.setdefault(path, set()).update([repr(value), repr(rest.get(path))])
+  fields = dict(fields_of(BASE))
+  assert set(rows) == set(fields)
+  for path, values in rows.items():
+    assert {repr(choice) for choice in fields[path].metadata['choices']} - values <= {repr(fields[path].default)}, path
