@@ -26,8 +26,12 @@ def full_size(name):
 
 
 # Their golden values are compared by `make test-slow`.
-LONG = ('adapter_qwen2p5_1p5b', 'adapter_smollm2_135m', 'hamt_seed', 'mat_small', 'memory_lora_combined', 'moc_371m', 'vanilla_control',
-        'wikitext2')
+LONG = ('adapter_qwen2p5_1p5b', 'adapter_smollm2_135m', 'hamt_seed', 'lora_only', 'mat_small', 'memory_lora_combined', 'moc_371m',
+        'vanilla_control', 'wikitext2')
+LIKE = ('adapter_qwen2p5_1p5b', 'memory_lora_combined')      # so like adapter_smollm2_135m that `make test-slow` puts them together
+
+
+def some(slow): return [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in NAMES]
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -38,7 +42,7 @@ def test_size_is_that_of_the_docstring(name):
   assert f'{count:,} parameters' in words or (name == 'hamt_seed' and f'{count:,} ' in words), f'{count:,} parameters'
 
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('name', some(LIKE))
 def test_full_size_fits_together(name):
   """Shapes of one training batch at full size, loss and gradient included, computing nothing."""
   config = full_size(name)
@@ -58,7 +62,7 @@ def test_every_config_has_golden_values():
   assert set(NAMES) == set(golden.OVERRIDES) == {path.stem for path in Path(golden.FOLDER).glob('*.json')}
 
 
-@pytest.mark.parametrize('name', [pytest.param(n, marks=pytest.mark.slow) if n in LONG else n for n in NAMES])
+@pytest.mark.parametrize('name', some(LONG))
 def test_golden(name, cache):
   """Three losses to 1e-3 and sixteen greedy tokens exactly; `python -m tests.golden` after a change that was meant."""
   found, kept = golden.compute(name, cache), golden.read(name)
