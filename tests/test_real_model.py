@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from memjax.adapters.gguf import GgufFile
+from memjax.layers.tree import nbytes
 from memjax.runtime.host import open_host
 from memjax.runtime.sampling import Sampler, Sampling
 from memjax.runtime.text import Writer
@@ -98,11 +99,9 @@ if MODEL:
     assert row.text.startswith(' the primary colors of the RGB color model: red, blue, and green.')
 
 if MODEL and HAS_GPL:
-  def test_perplexity_of_a_licence(opened):
-    """24.18 on the first 24,000 characters of the GPL, each window of 512 tokens alone."""
-    host, text = opened[0], GPL.read_text()
-    assert len(host.tokenizer.encode(text)) == 7639              # 7,658 where digits are not cut
-    tokens = host.tokenizer.encode(text[:24_000])[:WINDOW * len(WINDOWS)].reshape(-1, 1, WINDOW)
+  def window_nats(host):
+    """Mean nats a token of the first windows of the GPL, each alone."""
+    tokens = host.tokenizer.encode(GPL.read_text()[:24_000])[:WINDOW * len(WINDOWS)].reshape(-1, 1, WINDOW)
 
     @jax.jit
     def nats(params, token_BxL):
@@ -110,6 +109,20 @@ if MODEL and HAS_GPL:
       logits_BxLxA, _, _ = host.model.apply({'params': params}, token_BxL, host.model.init_state(1), **flow)
       log_BxLxA = jax.nn.log_softmax(logits_BxLxA[:, :-1])
       return -jnp.take_along_axis(log_BxLxA, token_BxL[:, 1:, None], -1).mean()
-    found = np.array([nats(host.params, window) for window in tokens])
+    return np.array([nats(host.params, window) for window in tokens])
+
+  def test_perplexity_of_a_licence(opened):
+    """24.18 on the first 24,000 characters of the GPL, each window of 512 tokens alone."""
+    assert len(opened[0].tokenizer.encode(GPL.read_text())) == 7639              # 7,658 where digits are not cut
+    found = window_nats(opened[0])
     np.testing.assert_allclose(found, WINDOWS, atol=2e-3)
     assert abs(np.exp(found.mean()) - 24.18) <= .05
+
+  @pytest.mark.parametrize(('storage', 'perplexity', 'megabytes'), [('int8', 24.28, 220.2), ('int4', 35.26, 173.1), ('nf4', 31.05, 173.1)])
+  def test_perplexity_of_packed_kernels(storage, perplexity, megabytes):
+    """Q7.4: int8 within 1 % of float32; what 4 bits cost this model, whose weights had 4 bits of another kind before."""
+    host = open_host(str(MODEL), quantize=storage)
+    assert nbytes(host.params) / 1e6 == pytest.approx(megabytes, abs=0.1)          # 538.1 in float32
+    found = np.exp(window_nats(host).mean())
+    assert found == pytest.approx(perplexity, rel=0.01)
+    if storage == 'int8': assert found <= 1.01 * np.exp(np.mean(WINDOWS))

@@ -1,4 +1,5 @@
 """Low-rank changes in PEFT's files: written as PEFT writes them, read back bit for bit, refused in one line."""
+import importlib
 import json
 import re
 from pathlib import Path
@@ -156,11 +157,23 @@ def test_patterns_of_peft_end_at_dots(tmp_path):
   assert isinstance(factors, Factors) and factors.a.shape == (2, 32, 2) and np.all(np.asarray(factors.a)[1] == 2)
 
 
+def test_the_flags_of_the_page_exist():
+  page = (Path(__file__).parent.parent.parent / 'docs' / 'lora.md').read_text(encoding='utf-8')
+  commands = re.findall(r'^python -m memjax\.(\w+) (.*)$', page, re.M)
+  assert len(commands) == 5
+  for name, words in commands:
+    known = {flag.name for flag in importlib.import_module(f'memjax.{name}').FLAGS} | {'config'}
+    assert {word.partition('.')[0] for word in re.findall(r'--([\w.]+)', words)} <= known, name
+
+
 @pytest.mark.slow
 def test_the_page_on_changes_does_what_it_says(tmp_path):
   page = (Path(__file__).parent.parent.parent / 'docs' / 'lora.md').read_text(encoding='utf-8')
   host, names = write_folder(tmp_path / 'host', cases()['llama_plain']['config'], tensors_of('llama_plain')), {}
   code = '\n'.join(re.findall(r'```python\n(.*?)```', page, re.DOTALL))
-  exec(compile(code.replace('HOST', host).replace('ADAPTER', str(tmp_path / 'adapter')), 'docs/lora.md', 'exec'), names)
+  for word, place in (('HOST', host), ('ADAPTER', tmp_path / 'adapter'), ('PACKED', tmp_path / 'packed'), ('nf4', 'int8')):
+    code = code.replace(f"'{word}'", f"'{place}'")       # groups of 32 do not divide the 40 numbers of this host
+  exec(compile(code, 'docs/lora.md', 'exec'), names)
   assert same(names['again'], names['host']) and set(names['optimizer'].groups) == {'lora', 'base'}
+  assert names['loss'].error.keys() == names['adapter'].keys() < names['report'].error.keys() and not same(names['remade'], names['small'])
   assert named(names['params']).keys() - named(names['host']).keys() == {f'{path[:-6]}lora_{x}' for path in names['adapter'] for x in 'ab'}
