@@ -7,14 +7,16 @@ import pytest
 
 from memjax.config.chat import ChatConfig
 from memjax.config.errors import UserError
+from memjax.config.schema import DataConfig
 from memjax.data.chat import ChatTemplate, Speller
 from memjax.data.gguf_tokenizer import gguf_tokenizer
 from memjax.data.labels import Labels
 from memjax.data.messages import conversation
 from memjax.data.packing import plan_rows
+from memjax.data.sources import Corpus
 from memjax.data.subword import SubwordTokenizer
 from memjax.data.tokenizers import ByteTokenizer
-from memjax.data.tokens import Tokens
+from memjax.data.tokens import Tokens, tokenize_split
 from tests.data.test_chat import SMOLLM2
 from tests.data.test_gguf_tokenizer import metadata
 
@@ -206,3 +208,30 @@ def test_templates_that_do_not_say_how_turns_end(tokenizer, templates):
     Labels(tokenizer, templates['smollm2'], ['</s>'], ChatConfig())(says(*TURNS))
   labels = Labels(tokenizer, templates['smollm2'], ['<|im_end|>'], ChatConfig())
   assert labels.end_tokens == (2,) and labels.prompt('at')[-1] == tokenizer.encode('\n')[0]
+
+
+def test_a_token_that_reaches_into_a_reply_is_trained_on():
+  """The bracket that ends a reply and the new line after it are one token of this cut."""
+  tokenizer = gguf_tokenizer(metadata(pre='qwen2'))
+  found = Labels(tokenizer, None, (), ChatConfig())(says(('user', 'a'), ('assistant', 'x ()'), ('user', 'b')))
+  assert trained(tokenizer, *found[:2]) == ['x ()\n'] and found[2] == 4
+
+
+def test_token_files_of_conversations(tokenizer, templates, tmp_path):
+  """Tokens, weights and bytes come back from the cache; other options have a file of their own; what is wrong has its number."""
+  data, documents = DataConfig(cache=str(tmp_path)), [says(*TURNS[:2]), says(*TURNS[2:])]
+  def tokens(**options):
+    labels = Labels(tokenizer, templates['tags'], ['<|im_end|>'], ChatConfig(**options))
+    return tokenize_split(data, tokenizer, 'train', Corpus('talk', 'train', documents), labels=labels)
+  made, again, other = tokens(), tokens(), tokens(train_on='all')
+  parts = [label(tokenizer, templates['tags'], *some) for some in (TURNS[:2], TURNS[2:])]
+  for found in (made, again):
+    np.testing.assert_array_equal(found.token_N, np.concatenate([part[0] for part in parts]))
+    np.testing.assert_array_equal(found.weight_N, np.concatenate([part[1] for part in parts]))
+    assert found.starts.tolist() == [0, len(parts[0][0])] and found.bytes == sum(part[2] for part in parts)
+    assert found.bytes_per_token == found.bytes / found.weight_N.sum() and found.weight_N.dtype == bool
+  assert other.weight_N.sum() > made.weight_N.sum() and len(list(tmp_path.glob('*.bin'))) == 2
+  assert made.identity == again.identity != other.identity and made.identity['labels']
+  with pytest.raises(UserError, match=r"talk, conversation 2 of train: message 1 holds '<\|im_end\|>'"):
+    documents[1] = says(('user', '<|im_end|>'))
+    tokens(escape=False)
