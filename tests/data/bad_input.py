@@ -3,6 +3,7 @@ import jax
 import numpy as np
 
 from memjax.config.schema import Config, DataConfig, TokenizerConfig, TrainingConfig
+from memjax.data.messages import load_chats
 from memjax.data.pipeline import eval_batches, train_batches
 from memjax.data.sources import load_corpus
 from memjax.data.synthetic import mqar
@@ -18,6 +19,22 @@ def text(content, name='train.txt', split='train', **fields):
     if content is not None: (folder / name).write_bytes(content)
     load_corpus(DataConfig(source='path', path=str(folder), **fields), split)
   return act
+
+
+def chats(content, name='train.jsonl'):
+  """Reads a folder of conversations that holds one file."""
+  def act(place):
+    (place / 'chats').mkdir()
+    (place / 'chats' / name).write_bytes(content)
+    load_chats(DataConfig(source='path', path=str(place / 'chats')), 'train')
+  return act
+
+
+def silent(place):
+  """Rows that end before the reply."""
+  weight_N = np.arange(9) == 8
+  given = Tokens(np.zeros(9, np.uint8), np.zeros(1, np.int64), 9, '', 256, 10, 'talk', 'train', weight_N=weight_N)
+  train_batches(given, Config(data=DataConfig(order='packed'), training=TrainingConfig(batch=4, length=7)))
 
 
 def tokens(count): return Tokens(np.zeros(count, np.uint8), np.zeros(1, np.int64), count, '', 256, 10, 'text', 'train')
@@ -67,6 +84,11 @@ DATA = [
     ('batch over processes', train(99, 'shuffle', 3), 'a batch of 4 rows does not divide over 3 processes'),
     ('context fills the row', evaluate(context=8), 'leaves nothing to score in rows of 8'),
     ('context of a stream', evaluate(context=2, stream=True), 'context does not apply to a stream'),
+    ('chats: no conversation', chats(b'{"text": "a"}'), 'train.jsonl line 1: no conversation: neither messages, nor'),
+    ('chats: no role', chats(b'{"messages": [{"content": "a"}]}'), 'PLACE/chats/train.jsonl line 1: message 1 has no role'),
+    ('chats: not UTF-8', chats(b'\xff'), 'PLACE/chats/train.jsonl is not UTF-8 at byte 0'),
+    ('chats: text', chats(b'a', 'train.txt'), 'PLACE/chats holds no text files (.jsonl)'),
+    ('chats: no reply in a row', silent, 'no conversation in the train split of talk has a reply within 8 tokens'),
     ('cache is a file', cache, 'cannot use PLACE/file for token files'),
     ('token out of range', lambda place: ByteTokenizer().decode([65, 256]), 'token 256 is outside the vocabulary of 256'),
     ('token below zero', lambda place: ByteTokenizer().decode([-1]), 'token -1 is outside the vocabulary of 256'),
