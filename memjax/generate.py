@@ -4,7 +4,8 @@
   python -m memjax.generate --model MODEL.gguf --chat --prompt 'What is the capital of France?' --temperature 0
 
 One prompt is printed with its text as that grows; several come as blocks, in order, once all are complete. With `--chat` each
-prompt is a message, and only the reply to it is printed.
+prompt is a message, and only the reply to it is printed. `--chat` without a prompt is a conversation: messages are lines of the
+standard input; /reset begins another one, /exit or the end of the input ends it.
 """
 import dataclasses
 import json
@@ -12,15 +13,21 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from memjax.config.errors import UserError
 from memjax.config.flags import Flag, run
 
+PIECE = 4      # tokens of a reply that are shown at once
+
 FLAGS = (
     Flag('workdir', str, '', 'folder of the training run; this or --model'),
-    Flag('model', str, '', 'GGUF file, or folder of config.json, safetensors and tokenizer.json: a Llama, Mistral, Qwen2 or Qwen3'),
-    Flag('chat', bool, False, "prompts are messages of a user, written as the model's chat template says; with --model"),
+    Flag('model', str, '', 'a Llama, Mistral, Qwen2 or Qwen3: GGUF file, folder of config.json, safetensors and tokenizer.json, or name '
+                           'on the hub, owner/name or owner/name:FILE.gguf'),
+    Flag('adapter', str, doc='folder of low-rank changes (PEFT) or of memories on --model', repeated=True),
+    Flag('chat', bool, False, "prompts are messages of a user, written as the chat template of the model says"),
+    Flag('system', str, '', 'what the system says at the start of each conversation; with --chat'),
+    Flag('routing', str, '', "how routers of memories choose chapters: token, prefix-mean, rolling or hybrid; '' = as configured"),
     Flag('step', int, 0, 'checkpoint; 0 = the best, else the newest', low=0),
     Flag('quantize', str, '', "int8, int4 or nf4: stores the tables of a run's memories so ('/kv': their keys and values; '/host': kernels "
                               "of linear maps), or the kernels of --model; '' = as they are"),
@@ -63,6 +70,8 @@ def check_choice(values: dict) -> None:
   """Raises UserError unless there is one model, and no flag that belongs to the other kind."""
   if bool(values['workdir']) == bool(values['model']):
     raise UserError('give either --workdir, the folder of a training run, or --model, a GGUF file or a folder of a checkpoint')
+  if values['workdir'] and values['adapter']: raise UserError('--adapter goes with --model, not with --workdir')
+  if values['system'] and not values['chat']: raise UserError('--system goes with --chat')
   if values['model'] and values['step']: raise UserError('--step goes with --workdir, not with --model')
 
 
@@ -82,42 +91,111 @@ def stream(writer, prompts: Sequence[str], max_new_tokens: int, *, is_chat: bool
   return rows
 
 
-def open_writer(values: dict, sampling) -> tuple:
-  """(Writer, what the report says of its model) for the run or the pretrained model."""
-  from memjax.runtime.sampling import Sampler
-  from memjax.runtime.text import Writer
+def open_model(values: dict) -> tuple:
+  """(Run or Host, its model with the routing asked for, what the report says of it)."""
   if values['workdir']:
     from memjax.runtime.reading import open_run
     found = open_run(values['workdir'], values['step'], values['quantize'])
-    ends, source, enter, limit = ends_of(found.tokenizer), {'workdir': found.workdir, 'step': found.step, 'config': found.name}, None, 0
-    if values['chat']:
-      from memjax.runtime.workdir import open_chat
-      labels = open_chat(found.config, found.tokenizer, found.workdir)
-      ends, enter = labels.end_tokens, labels.prompt
+    source = {'workdir': found.workdir, 'step': found.step, 'config': found.name}
   else:
+    from memjax.data.hub import local_model
     from memjax.runtime.host import open_host
-    found = open_host(values['model'], quantize=values['quantize'])
-    ends, source, enter = found.ends, {'model': found.path, 'chat': values['chat']}, found.encode_chat if values['chat'] else found.encode
-    limit = found.context
-  sampler = Sampler(found.model, sampling)
-  return Writer(sampler, found.params, found.tokenizer, stops=values['stop'], ends=ends, enter=enter,
-                limit=values['max_len'] or limit), source
+    found = open_host(local_model(values['model']), quantize=values['quantize'], adapters=values['adapter'])
+    source = {'model': values['model'], 'chat': values['chat']} | ({'adapter': list(values['adapter'])} if values['adapter'] else {})
+  if not values['routing']: return found, found.model, source
+  from memjax.models.decoder import inference_model
+  from memjax.models.routing import rerouted
+  return found, inference_model(rerouted(found.model.config, values['routing'])), source | {'routing': values['routing']}
+
+
+def open_speaker(values: dict, found):
+  """The Speaker of conversations with a Run or a Host. Raises UserError for one that knows none."""
+  from memjax.runtime.talk import Speaker
+  if not values['workdir']: return Speaker(found.params, found.tokenizer, found.ends, found.encode_messages)
+  from memjax.runtime.workdir import open_chat
+  labels = open_chat(found.config, found.tokenizer, found.workdir)
+  return Speaker(found.params, found.tokenizer, labels.end_tokens, labels.opening)
+
+
+def open_writer(values: dict, found, sampler):
+  """The Writer of a Run or a Host."""
+  from memjax.runtime.text import Writer
+  if values['chat']:
+    speaker, system = open_speaker(values, found), opening(values['system'])
+    ends, enter = speaker.ends, lambda prompt: speaker.encode([*system, {'role': 'user', 'content': prompt}])
+  else: ends, enter = (ends_of(found.tokenizer), None) if values['workdir'] else (found.ends, found.encode)
+  return Writer(sampler, found.params, found.tokenizer, stops=values['stop'], ends=ends, enter=enter, limit=limit_of(values, found))
+
+
+def opening(system: str) -> list[dict]:
+  """The messages that every conversation begins with."""
+  return [{'role': 'system', 'content': system}] if system else []
+
+
+def limit_of(values: dict, found) -> int:
+  """Tokens that a text may have; 0 = any number."""
+  return values['max_len'] or (0 if values['workdir'] else found.context)
+
+
+def read_messages(is_terminal: bool) -> Iterator[str]:
+  """Lines of the standard input, without their ends, until /exit or its end. Raises UserError for what is not UTF-8."""
+  while True:
+    try:
+      line = input('> ' if is_terminal else '')
+    except EOFError:
+      return
+    except UnicodeDecodeError as error:
+      raise UserError(f'the standard input is not UTF-8 at byte {error.start}') from None
+    if line.strip() == '/exit': return
+    yield line
+
+
+def converse(conversation, max_new_tokens: int) -> None:
+  """Replies to each line of the standard input on the standard output.
+
+  On a terminal a message that is refused is answered by why, and ctrl-C breaks a reply off; else both end the command.
+  """
+  is_terminal = sys.stdin.isatty()
+  for line in read_messages(is_terminal):
+    if line.strip() == '/reset': conversation.reset()
+    elif line.strip():
+      try:
+        for piece in conversation.say(line, max_new_tokens):
+          sys.stdout.write(piece)
+          sys.stdout.flush()
+        sys.stdout.write('\n')
+      except UserError as error:
+        if not is_terminal: raise
+        sys.stderr.write(f'memjax: {error}\n')
+      except KeyboardInterrupt:
+        if not is_terminal: raise
+        sys.stdout.write('\n')
 
 
 def main(config, values) -> None:
-  """Continues the prompts; UserError for whatever is wrong with them, the settings, the run or the model."""
+  """Continues the prompts, or holds a conversation; UserError for whatever is wrong with them, the settings, the run or the model."""
   del config
   check_choice(values)
-  from memjax.runtime.sampling import Sampling
+  from memjax.runtime.sampling import Sampler, Sampling
   check_output(values['output'])
   sampling = Sampling(**{name: values[name] for name in ('temperature', 'top_k', 'top_p', 'min_p', 'seed')})
-  prompts = read_prompts(values['prompt'], values['prompt_file'])
-  writer, source = open_writer(values, sampling)
-  started = time.perf_counter()
-  rows = stream(writer, prompts, values['max_new_tokens'], is_chat=values['chat'])
+  talks = values['chat'] and not values['prompt'] and not values['prompt_file']
+  prompts = [] if talks else read_prompts(values['prompt'], values['prompt_file'])
+  found, model, source = open_model(values)
+  started, report = time.perf_counter(), {}
+  if talks:
+    from memjax.runtime.talk import Conversation
+    conversation = Conversation(open_speaker(values, found), Sampler(model, sampling, chunk=PIECE), stops=values['stop'],
+                                opening=opening(values['system']), limit=limit_of(values, found))
+    converse(conversation, values['max_new_tokens'])
+    report['messages'] = conversation.messages
+  else:
+    writer = open_writer(values, found, Sampler(model, sampling))
+    rows = stream(writer, prompts, values['max_new_tokens'], is_chat=values['chat'])
+    report['continuations'] = [dataclasses.asdict(row) for row in rows]
   if not values['output']: return
   report = {**source, **dataclasses.asdict(sampling), 'max_new_tokens': values['max_new_tokens'], 'stop': list(values['stop']),
-            'seconds': round(time.perf_counter() - started, 3), 'continuations': [dataclasses.asdict(row) for row in rows]}
+            'seconds': round(time.perf_counter() - started, 3), **report}
   pathlib.Path(values['output']).write_text(json.dumps(report, ensure_ascii=False, indent=2) + '\n', encoding='utf-8')
 
 

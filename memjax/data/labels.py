@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -70,7 +70,11 @@ class Labels:
 
   def prompt(self, text: str) -> np.ndarray:
     """int32 tokens of a conversation that begins with this message of its user, up to where the reply begins."""
-    messages = self.speller.hide([{'role': 'user', 'content': text}])
+    return self.opening([{'role': 'user', 'content': text}])
+
+  def opening(self, messages: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """int32 tokens of a conversation up to where the next reply begins."""
+    messages = self.speller.hide(list(messages))
     if self.template is None: return self._begun(self.speller.tokens(f'{_fallback(messages)[0]}<|{ASSISTANT}|>\n'))
     return self.speller.tokens(self.template.render(messages, add_generation_prompt=True))
 

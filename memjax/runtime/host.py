@@ -1,12 +1,17 @@
 """A pretrained model from disk, ready to write: a GGUF file or a folder as Hugging Face writes them."""
 import os
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from memjax.adapters.families import Keys
 from memjax.adapters.gguf_model import GgufModel
+from memjax.adapters.graft import DESCRIPTION, load_adapter
 from memjax.adapters.graft import open_host as open_tensors
+from memjax.adapters.lora import merge, merge_quantized
+from memjax.adapters.peft import CONFIG as PEFT
+from memjax.adapters.peft import load_peft
 from memjax.adapters.pretrained import Tensors, end_tokens, load_params, read_json
 from memjax.adapters.quantized import packed
 from memjax.config.errors import UserError
@@ -16,7 +21,7 @@ from memjax.data.gguf_tokenizer import begins_with_bos, gguf_tokenizer, special_
 from memjax.data.subword import FILE, SubwordTokenizer
 from memjax.models.decoder import Decoder, inference_model
 from memjax.models.quantized import kernel_quantization, with_quant
-from memjax.models.unrolled import unrolled
+from memjax.models.unrolled import unroll_params, unrolled
 
 
 class Host(NamedTuple):
@@ -41,50 +46,84 @@ class Host(NamedTuple):
 
     Raises UserError for a model without a chat template.
     """
+    return self.encode_messages([{'role': 'user', 'content': prompt}])
+
+  def encode_messages(self, messages: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """int32 tokens of a conversation up to where the next reply begins. Raises UserError for a model without a chat template."""
     if self.template is None: raise UserError(f'{self.path} has no chat template')
-    return chat_tokens(self.tokenizer, self.template, [{'role': 'user', 'content': prompt}], add_generation_prompt=True)
+    return chat_tokens(self.tokenizer, self.template, messages, add_generation_prompt=True)
 
 
-def open_host(path: str, *, dtype: str = 'float32', quantize: str = '') -> Host:
+class Wanted(NamedTuple):
+  """How a model is to be opened: the dtype of parameters and computation, how kernels are packed, folders of adapters on it."""
+  dtype: str = 'float32'
+  quantize: str = ''
+  adapters: tuple[str, ...] = ()
+
+
+def open_host(path: str, *, dtype: str = 'float32', quantize: str = '', adapters: Sequence[str] = ()) -> Host:
   """The model in a GGUF file, a Hugging Face folder or a quantised one; `dtype` is that of its parameters and of computation.
 
-  `quantize` ('int8', 'int4', 'nf4') packs the kernels of its linear maps as they are read.
-  Raises UserError for what cannot be read exactly, and for a tokenizer with more tokens than the model.
+  `quantize` ('int8', 'int4', 'nf4') packs the kernels of its linear maps as they are read. `adapters` are folders of low-rank
+  changes in PEFT's format, which are merged, all of them, and at most one of memories (`save_adapter`).
+  Raises UserError for what cannot be read exactly, for a tokenizer with more tokens than the model, and for adapters that are
+  none or belong to another model.
   """
-  host = _open_folder(path, dtype, quantize) if os.path.isdir(path) else _open_gguf(path, dtype, quantize)
+  wanted = Wanted(dtype, quantize, tuple(adapters))
+  host = _open_folder(path, wanted) if os.path.isdir(path) else _open_gguf(path, wanted)
   if host.tokenizer.vocabulary > host.config.vocabulary:
     raise UserError(f'{path}: the tokenizer has {host.tokenizer.vocabulary} tokens, the model {host.config.vocabulary}')
   return host
 
 
-def _open_gguf(path: str, dtype: str, quantize: str) -> Host:
+def _open_gguf(path: str, wanted: Wanted) -> Host:
   file = GgufModel(path)
   try:
     tokenizer, has_bos = gguf_tokenizer(file.metadata), begins_with_bos(file.metadata)
     bos, eos = special_text(file.metadata, 'bos'), special_text(file.metadata, 'eos')
   except UserError as error:
     raise UserError(f'{path}: {error}') from None
-  source, config = file.metadata.get('tokenizer.chat_template'), file.config(dtype)
+  source, config = file.metadata.get('tokenizer.chat_template'), file.config(wanted.dtype)
   template = None if source is None else ChatTemplate(source, bos=bos, eos=eos, where=f'the chat template of {path}')
-  config, params = _load(config, file, dtype, quantize)
+  config, params = _load(config, file, wanted)
   return Host(path, config, inference_model(config), params, tokenizer, file.ends, has_bos, template, file.context)
 
 
-def _open_folder(path: str, dtype: str, quantize: str) -> Host:
+def _open_folder(path: str, wanted: Wanted) -> Host:
   tokenizer, template = SubwordTokenizer.from_file(os.path.join(path, FILE)), folder_template(path)
   has_bos = read_tokenizer_config(path).get('add_bos_token')
   if has_bos is None:                # then tokenizer.json knows
     has_bos = tokenizer.bos in tokenizer.inner.encode('', add_special_tokens=True).ids[:1]
   where = os.path.join(path, 'config.json')
   context = Keys(read_json(where), where).get('max_position_embeddings', int, 0)
-  config, params = _load(*open_tensors(path, dtype=dtype), dtype, quantize)
+  config, params = _load(*open_tensors(path, dtype=wanted.dtype), wanted)
   return Host(path, config, inference_model(config), params, tokenizer, end_tokens(path), bool(has_bos), template, context)
 
 
-def _load(config: ModelConfig, tensors: Tensors, dtype: str, quantize: str) -> tuple[ModelConfig, Any]:
+def _load(config: ModelConfig, tensors: Tensors, wanted: Wanted) -> tuple[ModelConfig, Any]:
   """(config, parameters), the layers unrolled."""
-  stored = config.block.quant.storage
+  stored, quantize = config.block.quant.storage, wanted.quantize
   if quantize and stored: raise UserError(f'--quantize={quantize}: {tensors.folder} is stored as {stored} already')
+  memories, changes = sort_adapters(wanted.adapters)
+  if memories and (quantize or stored): raise UserError(f'{memories[0]} goes with a host of floats, not with one of {quantize or stored}')
   if quantize: config = with_quant(config, kernel_quantization(quantize))
-  config = unrolled(config)
-  return config, load_params(config, packed(tensors, config), param_dtype=dtype)
+  if memories:
+    config, params = load_adapter(memories[0], config, load_params(config, tensors, param_dtype=wanted.dtype))
+    config, params = unrolled(config), unroll_params(params, config)
+  else:
+    config = unrolled(config)
+    params = load_params(config, packed(tensors, config), param_dtype=wanted.dtype)
+  found = [load_peft(folder, config)[1] for folder in changes]
+  if not found: return config, params
+  return config, merge_quantized(config, params, found)[0] if quantize or stored else merge(params, found)
+
+
+def sort_adapters(folders: Sequence[str]) -> tuple[list[str], list[str]]:
+  """(folders of memories, folders of low-rank changes). Raises UserError for what is neither, and for two of memories."""
+  memories = [folder for folder in folders if os.path.exists(os.path.join(folder, DESCRIPTION))]
+  changes = [folder for folder in folders if folder not in memories]
+  for folder in changes:
+    if os.path.exists(os.path.join(folder, PEFT)): continue
+    raise UserError(f'{folder} is no folder of an adapter: it holds neither {PEFT} nor {DESCRIPTION}')
+  if len(memories) > 1: raise UserError(f'{memories[0]} and {memories[1]} both hold memories; a model takes those of one folder')
+  return memories, changes

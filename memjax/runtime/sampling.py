@@ -134,7 +134,7 @@ class Sampler:
     self.vocabulary, self.ends = limit or model.config.vocabulary, tuple(dict.fromkeys(ends))
     self.compute = jax.jit(lambda params: prepare_memories(model, params))
     self.prefill = jax.jit(self._prefill, donate_argnums=1)
-    self.decode = jax.jit(self._decode, donate_argnums=2)
+    self.decode = jax.jit(self._decode, donate_argnums=1)
     self._prepared: tuple[list, Any] = [], None                  # the arrays that it was computed from, and what came out
     self._others: dict[tuple, Sampler] = {}
 
@@ -157,7 +157,7 @@ class Sampler:
     logits_BxLxA, state, _ = self.model.apply({'params': params}, token_BxL, state, last=True, **flow)
     return logits_BxLxA[:, 0, :self.vocabulary], state
 
-  def _decode(self, params, prepared, carry, row_B, steps):
+  def _decode(self, params, carry, row_B, *, prepared, steps):
     """(carry, tokens [B, chunk], how many of them were drawn)."""
     def body(carry, _):
       token_B = draw(carry.logits_BxA, self.sampling, row_B, carry.count)
@@ -210,7 +210,7 @@ class Sampler:
     have ended. The session given is used up. Raises UserError for more tokens than there is room for."""
     steps = min(steps or self.chunk, self.chunk)
     self._check_room(session, steps)
-    carry, token_BxN, drawn = self.decode(params, self.prepare(params), session.carry, row_B, np.int32(steps))
+    carry, token_BxN, drawn = self.decode(params, session.carry, row_B, prepared=self.prepare(params), steps=np.int32(steps))
     drawn = int(drawn)
     return session._replace(carry=carry, length=session.length + drawn), np.asarray(token_BxN)[:, :min(drawn, steps)]
 

@@ -88,9 +88,10 @@ class Writer:
     chunks = self.sampler.stream(self.params, tokens, max_new_tokens)
     rows = [] if into is None else into
     rows += [Continuation(prompt) for prompt in prompts]
-    return self._stream(chunks, rows)
+    return self.follow(chunks, rows)
 
-  def _stream(self, chunks: Iterator[np.ndarray], rows: list[Continuation]) -> Iterator[tuple[int, str]]:
+  def follow(self, chunks: Iterator[np.ndarray], rows: list[Continuation]) -> Iterator[tuple[int, str]]:
+    """Yields what `stream` does for tokens [B, n] as they come, whoever draws them; `rows` are filled."""
     decoders = [self.tokenizer.stream() for _ in rows]
     filters = [StopText(self.stops) for _ in rows]
     for token_BxN in chunks:
