@@ -364,12 +364,14 @@ def test_refused(words, message, do, place, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_of_its_own(do, place, tmp_path):
-  """Attention alone, trained without a host: a folder of Llama that writes, its end the token between documents."""
+  """Attention alone, trained without a host: a folder of Llama that writes, with the template of its conversations."""
   config = run_config(place / 'host', lora=None, memory=False)
   config = own(config)
   write_run(tmp_path / 'run', config, load_pretrained(str(place / 'host'))[1])
+  (tmp_path / 'run' / 'tokenizer' / 'tokenizer_config.json').write_text(json.dumps({'eos_token': '<|im_end|>', 'end_tokens': [2, 0]}))
+  (tmp_path / 'run' / 'tokenizer' / 'chat_template.jinja').write_text(TEMPLATE)
   path, said = do('--to=hf', f'--workdir={tmp_path}/run', f'--output={tmp_path}/m', '--dtype=float16', '--report=-')
   assert 'float16 moves the logits by' in said and 'of them packed' in said and 'trained: ' in said
   host = open_host(path)
-  assert (host.ends, host.has_bos, host.context, host.template) == ((1,), True, 16, None)
+  assert (host.ends, host.has_bos, host.context, host.template.source) == ((2, 0), True, 16, TEMPLATE)
   for name, x in tensors_of('llama_plain').items(): np.testing.assert_array_equal(stored(path)[name], x.astype(np.float16))

@@ -19,6 +19,8 @@ from memjax.runtime.optim import make_optimizer
 from memjax.runtime.reading import open_run
 from memjax.runtime.selfcheck import check_merged
 from memjax.runtime.texts import Texts, open_texts, own_texts
+from memjax.runtime.words import SETTINGS, saved_words
+from memjax.runtime.workdir import TOKENIZER
 
 
 class Model(NamedTuple):
@@ -73,6 +75,8 @@ def _stored(tensors: Any) -> dict[str, str]:
 def open_trained(workdir: str, step: int = 0, host: str = '') -> Model:
   """The best checkpoint of a run, else the newest, or that of `step`; `host` is where its pretrained model is now ('' = as it says).
 
+  The chat template and the ends that the run was trained with go before those of its pretrained model.
+
   Raises UserError for what `open_run` refuses, a pretrained model that is gone, and one with another tokenizer.
   """
   run = open_run(workdir, step)
@@ -80,11 +84,14 @@ def open_trained(workdir: str, step: int = 0, host: str = '') -> Model:
   optimizer = make_optimizer(run.config.optimizer, run.params, run.config.training.steps)
   if host and not run.config.training.host: raise UserError(f'--host {host}: the run {workdir} began without a pretrained model')
   model = Model(workdir, path, run.config.model, run.params, None, {}, record, optimizer)
-  if not path: return model._replace(texts=own_texts(run.tokenizer, run.config.training.length))
+  kept = os.path.join(workdir, TOKENIZER)
+  words = saved_words(kept, run.tokenizer) if os.path.isfile(os.path.join(kept, SETTINGS)) else None       # of conversations
+  if not path: return model._replace(texts=own_texts(run.tokenizer, run.config.training.length, words))
   if not os.path.exists(path): raise UserError(f'{path}, which the run began with, is gone; --host says where it is now')
   texts, inner = open_texts(path), getattr(run.tokenizer, 'inner', None)
   if inner is None or inner.get_vocab(True) != texts.words.tokenizer.inner.get_vocab(True):
     raise UserError(f'the tokenizer of the run {workdir} is not that of {path}')
+  if words: texts = texts._replace(words=texts.words._replace(template=words.template, ends=words.ends))
   return model._replace(texts=texts, stored=_stored(graft.open_host(path)[1]))
 
 

@@ -68,11 +68,15 @@ def _gguf_texts(file: GgufModel, words: Words) -> Texts:
   return Texts(words, begins_with_bos(file.metadata), file.context, special, licence if isinstance(licence, str) else '', keys=keys)
 
 
-def own_texts(tokenizer: Any, context: int) -> Texts:
-  """The texts of a run that began without a pretrained model. Raises UserError for a tokenizer that is not a tokenizer.json."""
+def own_texts(tokenizer: Any, context: int, words: Words | None = None) -> Texts:
+  """The texts of a run that began without a pretrained model; `words` are those of its conversations.
+
+  Raises UserError for a tokenizer that is not a tokenizer.json.
+  """
   if not isinstance(tokenizer, SubwordTokenizer):
     raise UserError(f'a tokenizer of kind {tokenizer.name} has no tokenizer.json; only runs with kind bpe or file can be written so')
-  return Texts(Words(tokenizer, None, (tokenizer.bos,)), True, context, {'bos': tokenizer.bos, 'eos': tokenizer.bos})
+  words = words or Words(tokenizer, None, (tokenizer.bos,))
+  return Texts(words, True, context, {'bos': tokenizer.bos, 'eos': next(iter(words.ends), tokenizer.bos)})
 
 
 def _licence(folder: str) -> str:
