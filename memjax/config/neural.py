@@ -108,7 +108,7 @@ class NeuralExecConfig:
   """How it is computed; nothing here changes the result."""
   spare: int = option(0, 'chunks a row may spend on documents that begin inside it and on calls that begin inside a chunk', low=0)
   group: int = option(0, 'chunks recomputed together in the backward pass; 0 = sqrt, -1 = keep everything', low=-1)
-  unroll: int = option(1, 'chunks a step of the compiled loop', low=1)
+  unroll: int = option(0, 'chunks a step of the compiled loop; 0 = up to 4 on an accelerator, 1 on a CPU', low=0)
   solver: str = option('blocked', 'triangular solve of mode exact', choices=('blocked', 'lax'))
 
 

@@ -128,8 +128,9 @@ class Neural(NeuralStep):
     gates, tokens = self.tokens(kept)
     whole, _ = coefficients(self.rule.momentum, gates)
     found = ops.find_factors(self.rule, start, memory, tokens, coefficients=whole)
-    only = lambda a: jnp.where(valid[:, None, :, None], a, 0)
-    wide, eye = self.state_dtype, jnp.eye(self.rule.levels, dtype=self.state_dtype)[None, None]
+    wide = self.state_dtype
+    only = lambda a: jnp.where(valid[:, None, :, None], a.astype(wide), 0)
+    eye = jnp.eye(self.rule.levels, dtype=wide)[None, None]
     return Pending({n: only(a) for n, a in found.a.items()}, {n: only(d) for n, d in found.d.items()}, kept.key.astype(wide),
                    kept.value.astype(wide), kept.gate.astype(wide), whole.push, whole.turn - eye)
 
@@ -145,7 +146,7 @@ class Neural(NeuralStep):
     size = lambda parts: jnp.sqrt(sum(jnp.sum(jnp.square(a)) for a in parts) + 1e-12)
     home = size(self.fast.values()) * state.slot_B.shape[0] ** 0.5
     told = {'inner_loss': mean['loss'] / total, 'surprise': mean['surprise'] / total,
-            'weight_change': size(a[:, :, 0] for a in state.fast.values()) / home}
+            'weight_change': size(levels[0] for levels in state.fast.values()) / home}
     if self.config.rule.clip: told['clipped'] = mean['clipped'] / total
     return {name: jax.lax.stop_gradient(a.astype(jnp.float32)) for name, a in told.items()}
 

@@ -48,7 +48,7 @@ class Pending:
 
 @struct.dataclass
 class NeuralState:
-  """Fast weights minus their start, and momenta, [B, H, Q, ...] by name; slot: pending tokens; tails of the streams; running means
+  """Fast weights minus their start, then momenta, each [B, H, ...], by name; slot: pending tokens; tails of the streams; running means
   of `RUNNING`. In modes token and exact the pending tokens; in mode block, whose weights take every token at once, those of the
   chunk's start (minus the learned ones) from which it reads."""
   fast: dict
@@ -115,7 +115,7 @@ class NeuralStep(Memory):
     (H, K, V), C, Q = self.shape, self.config.chunk, self.rule.levels
     fast = self.rule.network.fast
     zeros = lambda *shape: jnp.zeros((batch, *shape), self.state_dtype)
-    state = NeuralState({name: zeros(H, Q, *shape) for name, shape in fast.items()}, jnp.zeros((batch,), jnp.int32),
+    state = NeuralState({name: tuple(zeros(H, *shape) for _ in range(Q)) for name, shape in fast.items()}, jnp.zeros((batch,), jnp.int32),
                         {name: zeros(*shape) for name, shape in self.parts.tails.items()}, zeros(H, len(RUNNING)))
     if self.is_block: return state.replace(anchor={name: zeros(H, *shape) for name, shape in fast.items()})
     return state.replace(pending=Pending(
@@ -197,7 +197,7 @@ class NeuralStep(Memory):
     y_BxE = self._flat(self.read_anchor(state, items.query))[:, 0]
     slot_B = state.slot_B + 1
     full_B = written_B & (slot_B == self.config.chunk)
-    moved = where_rows(full_B, {name: a[:, :, 0] for name, a in fast.items()}, state.anchor)
+    moved = where_rows(full_B, {name: levels[0] for name, levels in fast.items()}, state.anchor)
     new = state.replace(fast=where_rows(written_B, fast, state.fast), anchor=moved,
                         slot_B=jnp.where(written_B, jnp.where(full_B, 0, slot_B), state.slot_B))
     return new, y_BxE, Told(found.loss, found.norm, found.kept)
@@ -213,7 +213,7 @@ class NeuralStep(Memory):
 
   def read_anchor(self, state: NeuralState, query_BxLxHxK: jax.Array) -> jax.Array:
     """y [B, L, H, V]: queries read the weights of the chunk's start."""
-    memory = {name: a[:, :, None] for name, a in state.anchor.items()} if self.is_block else state.fast
+    memory = {name: (a,) for name, a in state.anchor.items()} if self.is_block else state.fast
     query = jnp.swapaxes(query_BxLxHxK, 1, 2)
     return jnp.swapaxes(ops.read_anchor(self.rule, self.start(query.shape[0]), memory, query), 1, 2)
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from memjax.ops.neural_exact import solve
 from memjax.ops.neural_nets import Network, Plain, Record, dot, inner_loss, probe_shapes
-from memjax.ops.neural_steps import Coefficients, levels, read_before
+from memjax.ops.neural_steps import TURNS, Coefficients, levels, read_before
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,14 +73,14 @@ class Factors(NamedTuple):
 
 def anchor(start: Weights, memory: dict) -> dict:
   """The weights W_init + M[0] by name."""
-  return {name: start.fast[name] + memory[name][:, :, 0] for name in memory}
+  return {name: start.fast[name] + memory[name][0] for name in memory}
 
 
 def squared_norms(a: dict, d: dict) -> jax.Array:
   """|g|^2 of each token over all fast tensors, from its factors: |a|^2 |d|^2, and |a (.) d|^2 for vectors."""
   total = 0.0
   for name in a:
-    a_, d_ = a[name], d[name]
+    a_, d_ = (side[name].astype(jnp.promote_types(jnp.float32, side[name].dtype)) for side in (a, d))
     total += jnp.sum(a_ * a_, -1) * jnp.sum(d_ * d_, -1) if is_matrix(name) else jnp.sum((a_ * d_) ** 2, -1)
   return total
 
@@ -100,7 +100,8 @@ def clip_share(rule: Rule, norm: jax.Array) -> jax.Array:
 def factors(rule: Rule, weights: dict, slow: dict, tokens: Tokens) -> Factors:
   """The gradients of the inner losses of some tokens at `weights`, as rank-1 factors, from one backward pass."""
   wide = tokens.weight.dtype
-  probes = {name: jnp.zeros((*tokens.weight.shape, width), wide) for name, width in probe_shapes(rule.network).items()}
+  probes = {name: jnp.zeros((*tokens.weight.shape, width), rule.dtype if is_matrix(name) else wide)
+            for name, width in probe_shapes(rule.network).items()}
   by_token = rule.clip or rule.first_order
   def loss(probes):
     ops = Record(weights, slow, rule.dtype, probes)
@@ -127,18 +128,23 @@ class Dual:
   def _parts(self, name):
     """(share of each token, tensor) whose sum is the weights of a token before its chunk's writes."""
     memory, reach = self.memory[name], self.reach
-    parts = [(reach[:, :, q], memory[:, :, q]) for q in range(memory.shape[2])]
-    if self.rule.decay_to == 'zero': return [(reach[:, :, 0], self.start.fast[name] + memory[:, :, 0]), *parts[1:]]
+    parts = [(reach[:, :, q], level) for q, level in enumerate(memory)]
+    if self.rule.decay_to == 'zero': return [(reach[:, :, 0], self.start.fast[name] + memory[0]), *parts[1:]]
     return [(None, self.start.fast[name]), *parts]
 
   def linear(self, name, h):
-    """h W_t, as one matmul over [W_init, M, D] stacked along its inner axis."""
-    a, d = self.found.a[name], self.found.d[name]
+    """h W_t: one matmul with [W_init, M, D] stacked along its inner axis, or where outputs are narrower than inputs one with
+    [W_init, M] side by side, whose results are weighed."""
+    a, d, parts = self.found.a[name], self.found.d[name], self._parts(name)
     seen = dot('bhti,bhsi->bhts', h, a, self.dtype) * -self.weigh
-    left = [h if share is None else h * share[..., None] for share, _ in self._parts(name)]
-    cast = lambda parts, axis: jnp.concatenate([part.astype(self.dtype) for part in parts], axis)
-    right = [tensor for _, tensor in self._parts(name)]
-    return dot('bhti,bhio->bhto', cast([*left, seen], -1), cast([*right, d], 2), self.dtype)
+    cast = lambda arrays, axis: jnp.concatenate([array.astype(self.dtype) for array in arrays], axis)
+    right = [tensor for _, tensor in parts]
+    if d.shape[-1] < h.shape[-1]:
+      made = jnp.split(dot('bhti,bhio->bhto', h, cast(right, -1), self.dtype), len(parts), -1)
+      own = sum(z if share is None else z * share[..., None] for z, (share, _) in zip(made, parts, strict=True))
+      return (own + dot('bhts,bhso->bhto', seen, d, self.dtype)).astype(self.dtype)
+    left = [h if share is None else h * share[..., None] for share, _ in parts]
+    return dot('bhti,bhio->bhto', cast([*left, seen], -1), cast([*right, d], 2), self.dtype, wide=False)
 
   def _vector(self, name):
     """A fast vector as each token sees it, [B, H, C, width]."""
@@ -172,22 +178,27 @@ def read_anchor(rule: Rule, start: Weights, memory: dict, query: jax.Array) -> j
 
 def commit(rule: Rule, start: Weights, memory: dict, *, found: Factors, coefficients: Coefficients) -> dict:
   """M after the chunk: turn M - push (A, D), for each tensor one matmul of inner size C."""
-  turn, push = coefficients.turn, coefficients.push
-  out = {}
+  turn, out = coefficients.turn, {}
   for name, old in memory.items():
-    a, d = found.a[name], found.d[name]
-    if is_matrix(name):
-      B, H, Q, i = old.shape[:4]
-      pushed = jnp.swapaxes(push, 2, 3)[..., None] * a[:, :, :, None]
-      new = -dot('bhci,bhco->bhio', pushed.reshape(B, H, -1, Q * i), d, rule.dtype).reshape(old.shape)
-    else: new = -dot('bhqc,bhco->bhqo', push, a * d, rule.dtype)
-    shape = lambda share: share.reshape(*share.shape, *(1,) * (old.ndim - 3))
-    for q in range(rule.levels): new += shape(turn[..., q]) * old[:, :, q:q + 1]
-    if rule.decay_to == 'zero':
-      lost = (1 - turn[:, :, 0, 0]).reshape(*turn.shape[:2], *(1,) * (old.ndim - 3))
-      new = new.at[:, :, 0].add(-lost * start.fast[name])
-    out[name] = new
+    pushed = _pushed(name, found, coefficients.push, rule.dtype)
+    share = lambda row, column: turn[:, :, row, column].reshape(*turn.shape[:2], *(1,) * (old[0].ndim - 2))
+    new = [sum(share(p, q) * old[q] for q in range(len(old)) if (p, q) in TURNS[rule.momentum]) - pushed[p] for p in range(len(old))]
+    if rule.decay_to == 'zero': new[0] -= (1 - share(0, 0)) * start.fast[name]
+    out[name] = tuple(new)
   return out
+
+
+def _pushed(name, found, push, dtype):
+  """sum_i push[q, i] a_i (x) d_i, the levels q one after the other."""
+  a, d = found.a[name], found.d[name]
+  if not is_matrix(name):
+    made = dot('bhqc,bhco->bhqo', push, a * d, dtype)
+    return [made[:, :, q] for q in range(push.shape[2])]
+  levels, side = push.shape[2], -1 if d.shape[-1] < a.shape[-1] else -2       # scale the narrower factor
+  narrow = d if side == -1 else a
+  scaled = jnp.concatenate([push[:, :, q, :, None] * narrow for q in range(levels)], -1)
+  made = dot('bhci,bhco->bhio', *((a, scaled) if side == -1 else (scaled, d)), dtype)
+  return jnp.split(made, levels, side)
 
 
 def find_factors(rule: Rule, start: Weights, memory: dict, tokens: Tokens, *, coefficients: Coefficients) -> Factors:

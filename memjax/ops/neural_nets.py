@@ -16,9 +16,10 @@ KINDS = ('linear', 'mlp', 'swiglu', 'gated', 'factorised', 'low_rank')
 EPSILON = 1e-5                       # of the layer norm
 
 
-def dot(spec: str, a: jax.Array, b: jax.Array, dtype) -> jax.Array:
-  """einsum of operands cast to `dtype`, accumulated and returned in float32 (float64 for float64)."""
-  return jnp.einsum(spec, a.astype(dtype), b.astype(dtype), preferred_element_type=jnp.promote_types(jnp.float32, dtype))
+def dot(spec: str, a: jax.Array, b: jax.Array, dtype, *, wide: bool = True) -> jax.Array:
+  """einsum of operands cast to `dtype`, accumulated in float32 (float64 for float64) and returned so, or not `wide`: in `dtype`."""
+  out = jnp.promote_types(jnp.float32, dtype) if wide else dtype
+  return jnp.einsum(spec, a.astype(dtype), b.astype(dtype), preferred_element_type=out)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Network:
   def __call__(self, ops, x):
     """M(x), [B, H, C, value_width]."""
     y = {'linear': _feed_forward, 'mlp': _feed_forward, 'swiglu': _swiglu, 'gated': _gated, 'factorised': _feed_forward,
-         'low_rank': _feed_forward}[self.kind](self, ops, x)
+         'low_rank': _feed_forward}[self.kind](self, ops, x).astype(x.dtype)
     if not self.residual: return y
     y -= y.mean(-1, keepdims=True)
     y *= jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + EPSILON)
@@ -91,7 +92,7 @@ def _feed_forward(net, ops, x):
     if n: x = act(x)
     if net.kind in ('factorised', 'low_rank'):
       made = ops.linear(f'v_{n}', ops.linear(f'u_{n}', x))
-      x = made if net.kind == 'factorised' else made + dot('bhci,hio->bhco', x, ops.slow(f's_{n}'), ops.dtype)
+      x = made if net.kind == 'factorised' else made + dot('bhci,hio->bhco', x, ops.slow(f's_{n}'), ops.dtype, wide=False)
     else:
       x = ops.linear(f'w_{n}', x)
       if net.bias: x = ops.bias(f'b_{n}', x)
@@ -118,7 +119,7 @@ class Plain:
 
   def linear(self, name, x):
     """x W."""
-    return dot('bhci,bhio->bhco', x, self.fast[name], self.dtype)
+    return dot('bhci,bhio->bhco', x, self.fast[name], self.dtype, wide=False)
 
   def scale(self, name, x):
     """x (1 + gamma)."""

@@ -17,6 +17,9 @@ import jax
 import jax.numpy as jnp
 
 MOMENTA = ('none', 'first', 'nesterov', 'second')
+TURNS = {                            # entries of a turn that are not zero for every gate
+  'none': {(0, 0)}, 'first': {(0, 0), (0, 1), (1, 1)}, 'nesterov': {(0, 0), (0, 1), (1, 1)},
+  'second': {(0, 0), (0, 1), (0, 2), (1, 1), (2, 1), (2, 2)}}
 
 
 class Steps(NamedTuple):
