@@ -33,8 +33,8 @@ def plan_rows(tokens: Tokens, length: int) -> Plan:
     length_S = np.minimum(length, end_S[np.searchsorted(tokens.starts, first_S, side='right') - 1] - first_S)
   else:
     first_S, length_S = tokens.starts + 1, np.minimum(end_S - tokens.starts - 1, length)
-    total_N = np.concatenate([[0], np.cumsum(tokens.weight_N, dtype=np.int64)])
-    kept_S = (length_S > 0) & (total_N[first_S + np.maximum(length_S, 0)] > total_N[first_S])
+    first_S, length_S = first_S[length_S > 0], length_S[length_S > 0]
+    kept_S = counts(tokens.weight_N, first_S, first_S + length_S) > 0
     first_S, length_S = first_S[kept_S], length_S[kept_S]
   if not len(first_S):
     raise UserError(f'no conversation in the {tokens.split} split of {tokens.name} has a reply within {length + 1} tokens; '
@@ -43,6 +43,13 @@ def plan_rows(tokens: Tokens, length: int) -> Plan:
   order_S = np.argsort(row_S, kind='stable')
   border_R = np.searchsorted(row_S[order_S], np.arange(row_S.max() + 2))
   return Plan(first_S[order_S], length_S[order_S], border_R, length)
+
+
+def counts(weight_N: np.ndarray, first_S: np.ndarray, end_S: np.ndarray) -> np.ndarray:
+  """How many weights are True in each of some ranges that are not empty, in order and apart; nothing as long as the text is made."""
+  edges = np.stack([first_S, end_S], 1).ravel()
+  edges = edges[edges < len(weight_N)]              # the last range may end with the text
+  return np.add.reduceat(weight_N, edges, dtype=np.int64)[::2] if len(edges) else np.zeros(0, np.int64)
 
 
 def fit(length_S: np.ndarray, room: int) -> np.ndarray:
