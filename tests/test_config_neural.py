@@ -23,6 +23,7 @@ REFUSED = [
   (lambda: NeuralNetConfig(kind='gated', bias=True), 'bias applies to linear and mlp, not to gated'),
   (lambda: NeuralRuleConfig(mode='exact', clip=1.0), "clip needs the gradient before the solve, which mode 'exact' does not have"),
   (lambda: NeuralRuleConfig(mode='exact', loss='huber'), "loss='huber' is not linear; mode 'exact' needs l2"),
+  (lambda: NeuralRuleConfig(mode='exact', first_order=True), "first_order applies to modes 'token' and 'block'"),
   (lambda: NeuralRuleConfig(grad_at='decayed'), "grad_at applies to mode 'exact', not to 'token'"),
   (lambda: NeuralRuleConfig(mode='exact', grad_at='decayed', forget=False), 'grad_at needs forget'),
   (lambda: NeuralRuleConfig(clip_kind='soft'), 'clip_kind applies to clip, which is off'),

@@ -57,12 +57,13 @@ class NeuralRuleConfig:
   grad_at: str = option('previous', "the error of mode exact is taken at W_{t-1} or at what is left of it", choices=('previous', 'decayed'))
   clip: float = option(0.0, 'bound on the norm of the gradient of one token; 0 = off', low=0.0)
   clip_kind: str = option('hard', 'min(1, clip / norm) or 1 / (1 + norm / clip)', choices=('hard', 'soft'))
-  first_order: bool = option(False, 'no outer gradient through inner gradients')
+  first_order: bool = option(False, 'inner gradients are taken at weights without outer gradient')
 
   def __post_init__(self):
     exact = self.mode == 'exact'
     refuse(exact and self.clip > 0, "clip needs the gradient before the solve, which mode 'exact' does not have")
     refuse(exact and self.loss != 'l2', f"loss={self.loss!r} is not linear; mode 'exact' needs l2")
+    refuse(exact and self.first_order, "first_order applies to modes 'token' and 'block'")
     refuse(self.grad_at != 'previous' and not exact, f"grad_at applies to mode 'exact', not to {self.mode!r}")
     refuse(self.grad_at != 'previous' and not self.forget, 'grad_at needs forget')
     refuse(self.clip_kind != 'hard' and not self.clip, 'clip_kind applies to clip, which is off')

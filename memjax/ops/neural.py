@@ -24,8 +24,8 @@ from memjax.ops.neural_steps import TURNS, Coefficients, levels, read_before
 @dataclasses.dataclass(frozen=True)
 class Rule:
   """The inner loop. `scale` and `argument` belong to the loss; `clip` bounds the gradient norm of one token (0 = off), hard or
-  'soft' (1 / (1 + N / clip)); `first_order` stops outer gradients through inner gradients; `grad_at` 'decayed' takes the error of
-  mode 'exact' at the decayed memory."""
+  'soft' (1 / (1 + N / clip)); `first_order` (not in mode 'exact') takes inner gradients at weights without outer gradient;
+  `grad_at` 'decayed' takes the error of mode 'exact' at the decayed memory."""
   network: Network
   mode: str = 'token'
   loss: str = 'l2'
@@ -92,7 +92,6 @@ def is_matrix(name: str) -> bool:
 
 def clip_share(rule: Rule, norm: jax.Array) -> jax.Array:
   """The factor on the gradient of each token."""
-  if not rule.clip: return jnp.ones_like(norm)
   if rule.clip_kind == 'soft': return 1 / (1 + norm / rule.clip)
   return jnp.minimum(1.0, rule.clip / norm)
 
@@ -102,16 +101,15 @@ def factors(rule: Rule, weights: dict, slow: dict, tokens: Tokens) -> Factors:
   wide = tokens.weight.dtype
   probes = {name: jnp.zeros((*tokens.weight.shape, width), rule.dtype if is_matrix(name) else wide)
             for name, width in probe_shapes(rule.network).items()}
-  by_token = rule.clip or rule.first_order
+  if rule.first_order: weights = jax.lax.stop_gradient(weights)
   def loss(probes):
     ops = Record(weights, slow, rule.dtype, probes)
     each = inner_loss(rule.loss, rule.network(ops, tokens.key.astype(wide)), tokens.value.astype(wide), scale=rule.scale,
                       argument=rule.argument)
-    return jnp.sum(each if by_token else tokens.weight * each), (ops.seen, each)
+    return jnp.sum(each if rule.clip else tokens.weight * each), (ops.seen, each)
   d, (a, each) = jax.grad(loss, has_aux=True)(probes)
-  if rule.first_order: a, d = jax.lax.stop_gradient((a, d))
   norm = jnp.sqrt(jnp.maximum(squared_norms(a, d), 1e-24))
-  if not by_token:
+  if not rule.clip:
     return Factors(a, d, each, norm / jnp.where(tokens.weight > 0, tokens.weight, 1), jnp.ones_like(norm))
   kept = clip_share(rule, norm)
   scale = (tokens.weight * kept)[..., None]
@@ -229,7 +227,6 @@ def online_factors(rule: Rule, start: Weights, tokens: Tokens, past: jax.Array, 
   gram = dot('bhti,bhsi->bhts', key, key, rule.dtype) + float(net.bias)
   d = solve(rate * weigh * gram, rate * (past - value), how=rule.solver)
   unit = d / jnp.where(rate == 0, 1, tokens.weight[..., None])
-  if rule.first_order: a, d = jax.lax.stop_gradient(a), tokens.weight[..., None] * jax.lax.stop_gradient(unit)
   square = jnp.sum(unit * unit, -1)
   norm = jnp.sqrt(jnp.maximum(square * (jnp.sum(key * key, -1) + float(net.bias)), 1e-24))
   return Factors(a, dict.fromkeys(a, d), square / (4 * rule.scale), norm, jnp.ones_like(norm))

@@ -49,6 +49,7 @@ def _decayed(rule, start, weights, alpha):
 def _gradient(rule, start, weights, pair):
   """The gradient of the inner loss of one token in every row and head, clipped; zero where it does not write."""
   key, value, write = pair
+  if rule.first_order: weights = jax.lax.stop_gradient(weights)
   def loss(fast):
     y = rule.network(Plain(fast, start.slow, rule.dtype), key)
     return jnp.sum(inner_loss(rule.loss, y, value, scale=rule.scale, argument=rule.argument))
@@ -57,7 +58,6 @@ def _gradient(rule, start, weights, pair):
     norm = jnp.sqrt(jnp.maximum(sum(jnp.sum(leaf * leaf, tuple(range(2, leaf.ndim))) for leaf in g.values()), 1e-24))
     share = 1 / (1 + norm / rule.clip) if rule.clip_kind == 'soft' else jnp.minimum(1.0, rule.clip / norm)
     g = {name: leaf * _lift(share, leaf) for name, leaf in g.items()}
-  if rule.first_order: g = jax.lax.stop_gradient(g)
   return {name: jnp.where(_lift(write, leaf), leaf, 0) for name, leaf in g.items()}
 
 

@@ -43,7 +43,6 @@ CASES = {
     'exact-bias': (rule('nesterov', mode='exact', bias=True, **LINEAR), {'chunk': 16}),
     'exact-decayed': (rule('second', mode='exact', bias=True, grad_at='decayed', decay_to='zero', **LINEAR), {'chunk': 4}),
     'exact-decayed-init': (rule(mode='exact', grad_at='decayed', solver='lax', **LINEAR), {'chunk': 8}),
-    'exact-first-order': (rule(mode='exact', first_order=True, **LINEAR), {'chunk': 8}),
 }
 QUICK = ('mlp', 'exact')
 
