@@ -13,9 +13,10 @@ from memjax.config.banks import sees_future
 from memjax.config.codec import RESUMABLE, leaves, read_config, to_json
 from memjax.config.errors import UserError
 from memjax.config.schema import Config, ModelConfig
-from memjax.data.sources import read_documents
+from memjax.data.messages import read_file
+from memjax.data.sources import Corpus, read_documents
 from memjax.data.tokenizers import Tokenizer, load_tokenizer
-from memjax.data.tokens import Tokens
+from memjax.data.tokens import Tokens, tokenize_split
 from memjax.models.decoder import Decoder, build_decoder, inference_model, param_shapes
 from memjax.models.quantized import quantize_model
 from memjax.runtime.checkpoint import restore_for_reading
@@ -78,12 +79,16 @@ def read_workdir(workdir: str) -> Config:
 
 
 def read_tokens(found: Run, split: str, file: str = '') -> Tokens:
-  """The tokens of a split of the run's corpus (conversations, where it was trained on those), or of a text file, cut into documents
-  as a corpus of plain text is.
+  """The tokens of a split of the run's corpus, or of a file: text cut into documents as that corpus is. A run on conversations
+  reads those, in a `.jsonl` file too.
 
   Raises UserError for a corpus that is gone, an unknown split, an empty or non-UTF-8 file, and a text without tokens.
   """
-  if not file: return read_split(found.config, found.tokenizer, split, open_labels(found.config, found.tokenizer, found.workdir))
+  labels = open_labels(found.config, found.tokenizer, found.workdir)
+  if not file: return read_split(found.config, found.tokenizer, split, labels)
+  if labels and file.endswith('.jsonl'):
+    corpus = Corpus(pathlib.Path(file).stem, 'text', read_file(pathlib.Path(file)))
+    return tokenize_split(found.config.data, found.tokenizer, 'text', corpus, labels=labels)
   documents = read_documents(pathlib.Path(file), found.config.data)
   rows = [row for row in map(found.tokenizer.encode, documents) if row.size]
   if not rows: raise UserError(f'{file} has no tokens')

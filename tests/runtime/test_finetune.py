@@ -72,6 +72,10 @@ def test_the_page_runs(root, capsys, monkeypatch):
   tokens = scores['tokens']
   assert scores['split'] == 'test' and 0 < tokens < 100 and scores['corpus'] == 'talks'
   assert scores['bits_per_byte'] == pytest.approx(scores['loss'] / np.log(2) * tokens / scores['bytes'])
+  run(root, ['evaluate', '--workdir', f'{root}/chat', '--text', f'{root}/talks/test.jsonl'])
+  again = json.loads(capsys.readouterr().out)
+  assert again['split'] == 'text' and {name: again[name] for name in ('loss', 'tokens', 'bytes')} == {
+    name: scores[name] for name in ('loss', 'tokens', 'bytes')}
   run(root, ['train', '--config', f'{root}/own.py:{root}/host.gguf', '--workdir', f'{root}/own', '--config.training.steps=1'])
   assert (root / 'chat' / 'tokenizer' / 'chat_template.jinja').exists()
 
