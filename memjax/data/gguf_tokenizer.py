@@ -15,6 +15,13 @@ PREFIX = 'tokenizer.ggml.'
 NORMAL, CONTROL, USER, UNUSED = 1, 3, 4, 5
 QWEN2 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 
+# As in the tokenizer.json of Llama 3 and of Mistral Nemo. Words that are tokens whole are not merged there.
+LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+TEKKEN = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+          r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+          r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+WHOLE = ('llama-bpe', 'llama3', 'llama-v3', 'tekken')            # of PRE: also those that begin with bos where the file does not say
+
 
 def _gpt2() -> tuple[Any, Any]:
   return None, library.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -25,13 +32,26 @@ def _smollm() -> tuple[Any, Any]:
   return None, cut.Sequence([cut.Digits(individual_digits=True), cut.ByteLevel(add_prefix_space=False)])
 
 
-def _qwen2() -> tuple[Any, Any]:
+def _split(pattern: str) -> Any:
   cut = library.pre_tokenizers
-  split = cut.Split(library.Regex(QWEN2), 'isolated', invert=False)
-  return library.normalizers.NFC(), cut.Sequence([split, cut.ByteLevel(add_prefix_space=False, use_regex=False)])
+  split = cut.Split(library.Regex(pattern), 'isolated', invert=False)
+  return cut.Sequence([split, cut.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
-PRE = {'gpt-2': _gpt2, 'smollm': _smollm, 'qwen2': _qwen2}       # tokenizer.ggml.pre -> () -> (normalizer or None, pre-tokenizer)
+def _qwen2() -> tuple[Any, Any]:
+  return library.normalizers.NFC(), _split(QWEN2)
+
+
+def _llama3() -> tuple[Any, Any]:
+  return None, _split(LLAMA3)
+
+
+def _tekken() -> tuple[Any, Any]:
+  return None, _split(TEKKEN)
+
+
+PRE = {'gpt-2': _gpt2, 'smollm': _smollm, 'qwen2': _qwen2, 'llama-bpe': _llama3, 'llama3': _llama3, 'llama-v3': _llama3,
+       'tekken': _tekken}                                        # tokenizer.ggml.pre -> () -> (normalizer or None, pre-tokenizer)
 
 
 def gguf_tokenizer(metadata: Mapping[str, Any]) -> SubwordTokenizer:
@@ -47,7 +67,8 @@ def gguf_tokenizer(metadata: Mapping[str, Any]) -> SubwordTokenizer:
   tokens, kinds = _tokens(metadata)
   normalizer, cut = PRE[pre]()
   try:
-    inner = library.Tokenizer(library.models.BPE({token: i for i, token in enumerate(tokens)}, _merges(metadata)))
+    inner = library.Tokenizer(library.models.BPE({token: i for i, token in enumerate(tokens)}, _merges(metadata),
+                                                 ignore_merges=pre in WHOLE))
   except UserError: raise
   except Exception as error:    # the library raises bare Exception
     raise UserError(f'{PREFIX}merges do not fit {PREFIX}tokens: {(str(error).splitlines() or [""])[0][:100]}') from error
@@ -62,8 +83,9 @@ def gguf_tokenizer(metadata: Mapping[str, Any]) -> SubwordTokenizer:
 
 
 def begins_with_bos(metadata: Mapping[str, Any]) -> bool:
-  """Whether a plain prompt begins with the token that begins a text: `tokenizer.ggml.add_bos_token`, absent = no."""
-  return _get(metadata, 'add_bos_token', bool, default=False)
+  """Whether a plain prompt begins with the token that begins a text: `tokenizer.ggml.add_bos_token`, absent = as its kind does."""
+  usual = metadata.get(f'{PREFIX}pre') in WHOLE or metadata.get(f'{PREFIX}model') == 'llama'
+  return _get(metadata, 'add_bos_token', bool, default=usual)
 
 
 def special_text(metadata: Mapping[str, Any], kind: str) -> str:
