@@ -17,6 +17,7 @@ from memjax.config.codec import thaw
 from memjax.config.files import load_file
 from memjax.config.placement import place, train_only
 from memjax.config.schema import OptimizerConfig, TokenizerConfig
+from memjax.data.hub import local_model
 
 SHAPE = {'model_type': 'qwen2', 'hidden_size': 1536, 'intermediate_size': 8960, 'num_hidden_layers': 28, 'num_attention_heads': 12,
          'num_key_value_heads': 2, 'rms_norm_eps': 1e-6, 'rope_theta': 1e6, 'vocab_size': 151_936, 'tie_word_embeddings': True}
@@ -25,7 +26,7 @@ SHAPE = {'model_type': 'qwen2', 'hidden_size': 1536, 'intermediate_size': 8960, 
 def get_config(arg: str = ''):
   """The configuration; `arg` is the host."""
   base = load_file(str(Path(__file__).with_name('adapter_smollm2_135m.py')))
-  host = open_host(arg, dtype='bfloat16')[0] if arg else family_config(SHAPE, dtype='bfloat16')
+  host = open_host(local_model(arg), dtype='bfloat16')[0] if arg else family_config(SHAPE, dtype='bfloat16')
   bank = BankConfig(heads=next(iter(host.mixers.values())).heads, projection_rank=128, router=RouterConfig(top_k=2),
                     shape=BankShapeConfig(entries=2048, chapters=8, low_rank='factorized', rank=256))
   where = {*place(host.depth, 'first_k', k=5), *place(host.depth, 'last_k', k=5)}

@@ -14,6 +14,7 @@ from memjax.config.banks import BankConfig, BankShapeConfig, RouterConfig
 from memjax.config.codec import thaw
 from memjax.config.placement import train_only
 from memjax.config.schema import Config, DataConfig, EvaluationConfig, GroupConfig, OptimizerConfig, TokenizerConfig, TrainingConfig
+from memjax.data.hub import local_model
 
 SHAPE = {'model_type': 'llama', 'hidden_size': 576, 'intermediate_size': 1536, 'num_hidden_layers': 30, 'num_attention_heads': 9,
          'num_key_value_heads': 3, 'rms_norm_eps': 1e-5, 'rope_theta': 1e5, 'vocab_size': 49_152, 'tie_word_embeddings': True}
@@ -21,7 +22,7 @@ SHAPE = {'model_type': 'llama', 'hidden_size': 576, 'intermediate_size': 1536, '
 
 def get_config(arg: str = ''):
   """The configuration; `arg` is the host."""
-  host = open_host(arg)[0] if arg else family_config(SHAPE)
+  host = open_host(local_model(arg))[0] if arg else family_config(SHAPE)
   attention = next(iter(host.mixers.values()))
   bank = BankConfig(heads=attention.heads, kv_heads=attention.kv_heads, projection_rank=32, router=RouterConfig(top_k=4),
                     shape=BankShapeConfig(entries=1024, chapters=16, low_rank='factorized', rank=64))

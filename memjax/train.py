@@ -85,11 +85,12 @@ def start(parts: Parts, workdir: str, values: dict, identity: dict):
 def first_state(parts: Parts):
   """The state of a run that starts from nothing, or from the pretrained checkpoint in training.host."""
   from memjax.adapters.graft import load_host
+  from memjax.data.hub import local_model
   from memjax.layers.tree import named
   from memjax.runtime.state import init_state
   config, abstract, host = parts.config, parts.abstract, {}
   if config.training.host:
-    host = named(load_host(config.model, config.training.host, mesh=parts.mesh))
+    host = named(load_host(config.model, local_model(config.training.host), mesh=parts.mesh))
     fresh = len(named(abstract.params)) - len(host)
     logger.info('parameters of %s; %d arrays of memories and low-rank changes are new', config.training.host, fresh)
   return init_state(parts.model, parts.optimizer, config, abstract, given=host)

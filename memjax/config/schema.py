@@ -168,7 +168,7 @@ class TrainingConfig:
   remat: bool = option(False, 'recompute each layer in the backward pass')
   log_every: int = option(10, 'steps between rows of metrics.jsonl', low=1)
   nan_limit: int = option(3, 'non-finite steps in a row before stopping', low=1)
-  host: str = option('', "pretrained checkpoint (folder or GGUF) that a new run starts from; memories start afresh; '' = none")
+  host: str = option('', "checkpoint (folder, GGUF or name on the hub) that a new run starts from; memories start afresh; '' = none")
 
   def __post_init__(self):
     refuse(self.batch % self.accumulate != 0, f'batch={self.batch} is not a multiple of accumulate={self.accumulate}')

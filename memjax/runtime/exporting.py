@@ -13,6 +13,7 @@ from memjax.adapters.safetensors import Checkpoint
 from memjax.config.errors import UserError
 from memjax.config.lora import LoraConfig, rank_of
 from memjax.config.schema import ModelConfig
+from memjax.data.hub import local_model
 from memjax.layers.tree import named
 from memjax.models.quantized import dequantize_host
 from memjax.runtime.optim import make_optimizer
@@ -54,6 +55,7 @@ def open_model(path: str, adapters: Sequence[str] = ()) -> Model:
 
   Raises UserError for what cannot be read, two adapters of a kind, and adapters of another model.
   """
+  path = local_model(path)
   config, tensors = graft.open_host(path)
   params = load_params(config, tensors)
   kinds = ['memory' if os.path.isfile(os.path.join(folder, graft.DESCRIPTION)) else 'PEFT' for folder in adapters]
@@ -80,7 +82,7 @@ def open_trained(workdir: str, step: int = 0, host: str = '') -> Model:
   Raises UserError for what `open_run` refuses, a pretrained model that is gone, and one with another tokenizer.
   """
   run = open_run(workdir, step)
-  path, record = host or run.config.training.host, {'config': run.name, 'step': run.step}
+  path, record = local_model(host or run.config.training.host), {'config': run.name, 'step': run.step}
   optimizer = make_optimizer(run.config.optimizer, run.params, run.config.training.steps)
   if host and not run.config.training.host: raise UserError(f'--host {host}: the run {workdir} began without a pretrained model')
   model = Model(workdir, path, run.config.model, run.params, None, {}, record, optimizer)

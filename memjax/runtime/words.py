@@ -9,6 +9,7 @@ from memjax.adapters.pretrained import end_tokens
 from memjax.config.errors import UserError, shown
 from memjax.data.chat import ChatTemplate, folder_template, read_tokenizer_config
 from memjax.data.gguf_tokenizer import gguf_tokenizer, special_text
+from memjax.data.hub import local_model
 from memjax.data.subword import FILE, SubwordTokenizer
 from memjax.data.tokenizers import write_atomic
 
@@ -30,7 +31,9 @@ class Words(NamedTuple):
 
 
 def open_words(path: str) -> Words:
-  """The words of the model in a GGUF file or a Hugging Face folder. Raises UserError for what cannot be read exactly."""
+  """The words of the model in a GGUF file or a Hugging Face folder, or of that name on the hub. Raises UserError for what cannot
+  be read exactly."""
+  path = local_model(path)
   if os.path.isdir(path):
     return Words(SubwordTokenizer.from_file(pathlib.Path(path) / FILE), folder_template(path), end_tokens(path))
   file = GgufModel(path)
