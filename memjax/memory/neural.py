@@ -69,12 +69,14 @@ class Neural(NeuralStep):
     """(state, y [B, L, E], what was told of each token [B, L, H]) by the scan over chunks."""
     real_BxL, reset_BxL = flow
     old, state = state, where_rows(layout.begins, jax.tree.map(jnp.zeros_like, state), state)
-    items, tail = self.projections.items(inputs, old.tail, written_BxL=real_BxL, reset_BxL=reset_BxL)
     start = self.start(real_BxL.shape[0])
-    slots = self._in_slots(state, items, layout)
-    gates, tokens = self._by_chunk(slots)
-    found, _ = coefficients(self.rule.momentum, gates, inside=not self.is_block)
-    query = jnp.moveaxis(slots.query, (1, 3), (0, 2))
+    def prepare(state, inputs, tail):
+      items, tail = self.projections.items(inputs, tail, written_BxL=real_BxL, reset_BxL=reset_BxL)
+      slots = self._in_slots(state, items, layout)
+      gates, tokens = self._by_chunk(slots)
+      found, _ = coefficients(self.rule.momentum, gates, inside=not self.is_block)
+      return slots, tokens, found, jnp.moveaxis(slots.query, (1, 3), (0, 2)), tail
+    slots, tokens, found, query, tail = jax.checkpoint(prepare)(state, inputs, old.tail)      # elementwise, cheap to do again
     chunks = Chunk(query, tokens, found, jnp.swapaxes(layout.full, 0, 1), jnp.swapaxes(layout.fresh, 0, 1))
     memory = (state.anchor, state.fast) if self.is_block else state.fast
     e = self.config.exec
