@@ -33,7 +33,7 @@ def lay_out(written_BxL: jax.Array, reset_BxL: jax.Array, slot_B: jax.Array, *, 
   spot_BxL = (order_BxL - base_BxL) % chunk
   number_BxL = jnp.cumsum((written_BxL & (spot_BxL == 0)).astype(jnp.int32), 1) - (slot_B == 0)[:, None]
   place_BxL = jnp.where(written_BxL, number_BxL * chunk + spot_BxL, none)
-  fits = jnp.all(place_BxL <= none)
+  fits = jnp.all((place_BxL < none) | ~written_BxL)
   spots = jnp.arange(chunk, dtype=jnp.int32)[None]
   place = jnp.minimum(jnp.concatenate([jnp.where(spots < slot_B[:, None], spots, none), place_BxL], 1), none)
   source = jnp.full((B, none), chunk + L, jnp.int32).at[jnp.arange(B)[:, None], place].set(
