@@ -17,16 +17,18 @@ from memjax.adapters.pretrained import load_pretrained, open_pretrained
 from memjax.adapters.quantized import TYPES, load_quantized
 from memjax.adapters.safetensors import SafeTensors
 from memjax.config.flags import call
+from memjax.config.quant import QuantConfig
 from memjax.config.schema import OptimizerConfig
 from memjax.data.gguf_tokenizer import gguf_tokenizer
 from memjax.data.subword import SubwordTokenizer
 from memjax.layers.tree import named
+from memjax.models.quantized import with_quant
 from memjax.runtime import exporting, targets
 from memjax.runtime.host import open_host
 from memjax.runtime.reading import open_run
 from memjax.runtime.selfcheck import forward_of
 from memjax.runtime.texts import open_texts
-from tests.adapters.export_runs import run_config, run_params, write_host, write_run
+from tests.adapters.export_runs import LORA, run_config, run_params, write_host, write_run
 from tests.adapters.files import cases, tensors_of, write_folder
 from tests.adapters.gguf_files import TEMPLATE, VOCABULARY, write_case
 from tests.pieces import make_workdir, small_config, write_plays
@@ -275,6 +277,26 @@ def test_a_change_that_was_not_merged_is_seen(do, tmp_path, monkeypatch):
   monkeypatch.setattr(exporting, 'merge', merge)
   assert 'query/kernel is not among them' in do('--to=hf', '--workdir=PLACE/both', f'--output={tmp_path}/m', status=2)
   assert not list(tmp_path.iterdir())
+
+
+def test_a_change_that_was_merged_wrong_is_seen(do, tmp_path, monkeypatch):
+  twice = lambda changes: {path: change._replace(scale=2 * change.scale) for path, change in changes.items()}
+  monkeypatch.setattr(exporting, 'merge', lambda params, adapters: merge(params, [twice(adapters[0])]))
+  said = do('--to=hf', '--workdir=PLACE/both', f'--output={tmp_path}/m', status=2)
+  assert 'the logits of the merged model differ by' in said and [path.name for path in tmp_path.iterdir()] == ['m.failed']
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', ['magnitudes', 'int8', 'bfloat16'])
+def test_other_changes_and_other_hosts(kind, do, place, tmp_path):
+  """DoRA, and low-rank changes on a host that is packed or in half precision, reach every target."""
+  config = run_config(place / 'host', lora=dataclasses.replace(LORA, dora=kind != 'int8'))
+  if kind != 'magnitudes': config = dataclasses.replace(config, model=with_quant(config.model, QuantConfig(storage=kind)))
+  write_run(tmp_path / 'run', config, run_params(config))
+  for name in ('hf', 'gguf', 'quantized'):
+    _, said = do(f'--to={name}', f'--workdir={tmp_path}/run', f'--output={tmp_path}/{name}.gguf')
+    assert '6 linear maps merged' in said
+  for name in ('peft', 'memory'): do(f'--to={name}', f'--workdir={tmp_path}/run', f'--output={tmp_path}/{name}')
 
 
 def gguf_spoilt(**changes):

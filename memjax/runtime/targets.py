@@ -26,6 +26,8 @@ from memjax.layers.tree import named
 from memjax.models.quantized import parse_quantization, quantize_banks, quantize_host, with_quant
 from memjax.runtime.exporting import Merged, Model, merge_model, publish
 from memjax.runtime.selfcheck import (
+  EXACT,
+  MERGED,
   ROUNDED,
   Agreement,
   Rounded,
@@ -108,7 +110,8 @@ def to_gguf(model: Model, output: str, *, kind: str = 'F16') -> None:
     check_texts(model.texts, open_texts(path))
     params = load_params(file.config(), file)
     meant = Rounded(rows, {name: tensors[gguf_name(name)].type for name in rows})
-    found = _compare(model, merged._replace(host_config=wide), (file.config(), params), meant)
+    beside = model._replace(config=without_windows(model.config)), merged._replace(host_config=wide)
+    found = _compare(*beside, (file.config(), params), meant)
     if kind in FLOATS: _warn(found, FLOATS[kind])
     return params
   params = publish(output, lambda path: _write_gguf(path, metadata, tensors), check)
@@ -194,7 +197,8 @@ def _storage(params: Any, storage: str) -> QuantConfig:
 def _compare(model: Model, merged: Merged, have: tuple[ModelConfig, Any], meant: Rounded | None = None) -> Agreement:
   """How close the model that was read back is to the one in memory.
 
-  Raises UserError if its config is another, or its logits are not those of the numbers in `meant`.
+  Raises UserError if its config is another, its logits are not those of the numbers in `meant`, or low-rank changes beside their
+  kernels do not compute the same as merged.
   """
   config, params = have
   path = difference(with_quant(config, QuantConfig()), plain_config(merged.host_config))
@@ -203,7 +207,10 @@ def _compare(model: Model, merged: Merged, have: tuple[ModelConfig, Any], meant:
   forward = forward_of(config)
   is_alike = all(getattr(config, name) == getattr(merged.host_config, name) for name in (*graft.LAYOUT, 'mixers', 'block'))
   want, got = (forward if is_alike else forward_of(merged.host_config))(merged.host, token_BxL), forward(params, token_BxL)
-  if meant is not None: check_logits(forward(load_params(config, meant), token_BxL), got)
+  if merged.maps:
+    beside, changed = graft.host_of(model.config), graft.split_adapter(model.params, model.config)[0]
+    check_logits(forward_of(beside)(changed, token_BxL), want, MERGED, 'the merged model')
+  if meant is not None: check_logits(forward(load_params(config, meant), token_BxL), got, EXACT)
   found = agreement(want, got)
   logger.info('read back: %s; %d linear maps merged', found, merged.maps)
   return found
