@@ -3,16 +3,17 @@
 The vocabulary and the merges do not say how text is cut before they apply: `tokenizer.ggml.pre` names that, each name is mapped
 here, and an unknown one is refused, since a wrong cut gives wrong tokens without an error (specification section 3.4).
 """
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from memjax.config.errors import UserError, nearest, shown
+from memjax.data.sentencepiece import BYTE, CONTROL, NORMAL, UNUSED, USER, Pieces, build
 from memjax.data.subword import SubwordTokenizer, library
 
 PREFIX = 'tokenizer.ggml.'
-NORMAL, CONTROL, USER, UNUSED = 1, 3, 4, 5
+PLAIN = (NORMAL, CONTROL, USER, UNUSED)                          # the kinds of tokens that byte-level BPE has
 QWEN2 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 
 # As in the tokenizer.json of Llama 3 and of Mistral Nemo. Words that are tokens whole are not merged there.
@@ -55,13 +56,15 @@ PRE = {'gpt-2': _gpt2, 'smollm': _smollm, 'qwen2': _qwen2, 'llama-bpe': _llama3,
 
 
 def gguf_tokenizer(metadata: Mapping[str, Any]) -> SubwordTokenizer:
-  """The tokenizer that the metadata of a GGUF file describe: byte-level BPE, cut as `tokenizer.ggml.pre` says.
+  """The tokenizer that the metadata of a GGUF file describe: byte-level BPE, cut as `tokenizer.ggml.pre` says, or SentencePiece.
 
   Its `bos` is the file's, else the token that ends a text; whether a prompt begins with it: `begins_with_bos`. Raises UserError
   for another model of tokens, an unknown cut, and lists that are missing or contradict one another.
   """
   kind, pre = _get(metadata, 'model', str), metadata.get(f'{PREFIX}pre')
-  if kind != 'gpt2': raise UserError(f"{PREFIX}model {shown(kind)} is not supported; only byte-level BPE, 'gpt2', is")
+  if kind == 'llama': return SubwordTokenizer(_pieces(metadata), 'file', _begin(metadata))
+  if kind != 'gpt2':
+    raise UserError(f"{PREFIX}model {shown(kind)} is not supported; 'gpt2', byte-level BPE, and 'llama', SentencePiece, are")
   if not isinstance(pre, str) or pre not in PRE:
     raise UserError(f'{PREFIX}pre {shown(pre)} is not one of {", ".join(PRE)}{nearest(str(pre), PRE)}')
   tokens, kinds = _tokens(metadata)
@@ -78,8 +81,24 @@ def gguf_tokenizer(metadata: Mapping[str, Any]) -> SubwordTokenizer:
                   for token, own in zip(tokens, kinds, strict=True) if own == kind] for kind in (CONTROL, USER)}
   inner.add_special_tokens(added[CONTROL])
   inner.add_tokens(added[USER])
+  return SubwordTokenizer(inner, 'file', _begin(metadata))
+
+
+def _begin(metadata: Mapping[str, Any]) -> str:
   begin = next((metadata[key] for key in (f'{PREFIX}bos_token_id', f'{PREFIX}eos_token_id') if key in metadata), None)
-  return SubwordTokenizer(inner, 'file', _token(tokens, begin, 'bos_token_id or eos_token_id'))
+  return _token(_get(metadata, 'tokens', list), begin, 'bos_token_id or eos_token_id')
+
+
+def _pieces(metadata: Mapping[str, Any]) -> Any:
+  """The tokenizer of a SentencePiece vocabulary, which is BPE by scores."""
+  tokens, kinds = _tokens(metadata, range(NORMAL, BYTE + 1))
+  scores = np.asarray(metadata.get(f'{PREFIX}scores', []))
+  if scores.shape != (len(tokens),) or scores.dtype.kind != 'f': raise UserError(f'{PREFIX}scores are no {len(tokens)} numbers')
+  pieces = Pieces(tokens, scores.tolist(), kinds, has_prefix=_get(metadata, 'add_space_prefix', bool, default=True))
+  try:
+    return build(pieces)
+  except UserError as error:
+    raise UserError(f'{PREFIX}tokens: {error}') from None
 
 
 def begins_with_bos(metadata: Mapping[str, Any]) -> bool:
@@ -106,8 +125,8 @@ def _token(tokens: Sequence[str], index: Any, name: str) -> str:
   raise UserError(f'{PREFIX}{name} is no token of {len(tokens)}: {shown(index)}')
 
 
-def _tokens(metadata: Mapping[str, Any]) -> tuple[list[str], list[int]]:
-  """(tokens, kind of each), as long as each other, no token twice, no kind that byte-level BPE does not have."""
+def _tokens(metadata: Mapping[str, Any], known: Collection[int] = PLAIN) -> tuple[list[str], list[int]]:
+  """(tokens, kind of each), as long as each other, no token twice, none of a kind that is not known."""
   tokens = _get(metadata, 'tokens', list)
   if not all(isinstance(token, str) and token for token in tokens): raise UserError(f'{PREFIX}tokens are not all texts')
   if len(set(tokens)) != len(tokens):
@@ -117,8 +136,8 @@ def _tokens(metadata: Mapping[str, Any]) -> tuple[list[str], list[int]]:
   if kinds.ndim != 1 or kinds.dtype.kind not in 'iu': raise UserError(f'{PREFIX}token_type is no list of whole numbers')
   kinds = kinds.tolist()
   if len(kinds) != len(tokens): raise UserError(f'{PREFIX}token_type has {len(kinds)} entries for {len(tokens)} tokens')
-  wrong = next((kind for kind in kinds if kind not in (NORMAL, CONTROL, USER, UNUSED)), None)
-  if wrong is not None: raise UserError(f'{PREFIX}token_type {wrong} does not go with byte-level BPE')
+  wrong = next((kind for kind in kinds if kind not in known), None)
+  if wrong is not None: raise UserError(f'{PREFIX}token_type {wrong} does not go with {metadata[f"{PREFIX}model"]}')
   return tokens, kinds
 
 

@@ -65,9 +65,12 @@ class SubwordTokenizer(Tokenizer):
 
   @classmethod
   def from_file(cls, path: str | os.PathLike) -> 'SubwordTokenizer':
-    """The tokenizer of a tokenizer.json; bos from the tokenizer_config.json beside it, else the usual names."""
+    """The tokenizer of a tokenizer.json, or of the tokenizer.model that lies there instead.
+
+    Its bos is that of the tokenizer_config.json beside it, else one of the usual names.
+    """
     path = pathlib.Path(path).expanduser()
-    inner, bos = read(path), ''
+    inner, bos = _read_either(path), ''
     try:
       beside = json.loads((path.parent / 'tokenizer_config.json').read_bytes())
       for key in ('bos_token', 'eos_token'):
@@ -135,6 +138,22 @@ class WindowStream(Stream):
   def finish(self) -> str:
     """What is left: '' or U+FFFD for a character that was never completed."""
     return self._emit(self._text(self.context + self.pending)) if self.pending else ''
+
+
+def _read_either(path: pathlib.Path) -> library.Tokenizer:
+  """The tokenizer of a tokenizer.json, else of the tokenizer.model in its place, with which a plain prompt begins with bos."""
+  pieces = path.with_name('tokenizer.model')
+  if path.exists() or not pieces.exists(): return read(path)
+  from memjax.data.sentencepiece import build, read_model
+  try:
+    inner = build(read_model(pieces))
+  except UserError as error:
+    raise UserError(str(error) if str(pieces) in str(error) else f'{pieces}: {error}') from None
+  begin = next((token for token in USUAL_BOS if inner.token_to_id(token) is not None), None)
+  if begin:
+    special = [(begin, inner.token_to_id(begin))]
+    inner.post_processor = library.processors.TemplateProcessing(single=f'{begin} $A', special_tokens=special)
+  return inner
 
 
 def read(path: pathlib.Path) -> library.Tokenizer:

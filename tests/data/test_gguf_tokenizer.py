@@ -71,7 +71,7 @@ def test_bos_and_eos():
 
 
 REFUSED = [
-  ('sentencepiece', {'model': 'llama'}, "model 'llama' is not supported"),
+  ('word pieces', {'model': 'bert'}, "model 'bert' is not supported"),
   ('no model', {'model': None}, r'tokenizer\.ggml\.model is missing'),
   ('unknown cut', {'pre': 'smolm'}, "pre 'smolm' is not one of gpt-2, smollm, qwen2, .*; did you mean 'smollm'"),
   ('no cut', {'pre': None}, 'pre None is not one of'),
