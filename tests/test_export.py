@@ -348,8 +348,8 @@ REFUSED = [
   ('no run', ('--to=hf', '--workdir=PLACE/host'), 'memjax: '),
   ('no changes', ('--to=peft', '--model=PLACE/host'), 'the parameters hold no low-rank changes; there is nothing to save'),
   ('no memories', ('--to=memory', '--model=PLACE/host'), 'nothing is grafted; there is no adapter to save'),
-  ('two of a kind', ('--to=hf', '--model=PLACE/host', '--adapter=a', '--adapter=b'), '--adapter names 2 folders of PEFT'),
-  ('no adapter', ('--to=hf', '--model=PLACE/host', '--adapter=PLACE/none'), 'adapter_config.json cannot be read'),
+  ('two of a kind', ('--to=hf', '--model=PLACE/host', '--adapter=PLACE/p', '--adapter=PLACE/p'), '--adapter names 2 folders of low-rank'),
+  ('no adapter', ('--to=hf', '--model=PLACE/host', '--adapter=PLACE/none'), 'PLACE/none is no folder of an adapter'),
   ('memory of a run of its own', ('--to=hf', '--workdir=PLACE/bytes'), 'a tokenizer of kind bytes has no tokenizer.json'),
   ('host of a run of its own', ('--to=hf', '--workdir=PLACE/bytes', '--host=PLACE/host'), 'bytes began without a pretrained model'),
   ('host is gone', ('--to=hf', '--workdir=PLACE/moved'), 'which the run began with, is gone; --host says where it is now'),
@@ -366,6 +366,8 @@ def own(config):
 def others(place):
   """Runs and folders that cannot be written."""
   write_plays(place / 'plays')
+  (place / 'p').mkdir()
+  (place / 'p' / 'adapter_config.json').write_text('{}')
   make_workdir(place / 'bytes', small_config(place / 'plays'))
   moved = json.loads((place / 'both' / 'config.json').read_text())
   (place / 'moved').mkdir()

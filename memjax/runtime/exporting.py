@@ -16,6 +16,7 @@ from memjax.config.schema import ModelConfig
 from memjax.data.hub import local_model
 from memjax.layers.tree import named
 from memjax.models.quantized import dequantize_host
+from memjax.runtime.host import sort_adapters
 from memjax.runtime.optim import make_optimizer
 from memjax.runtime.reading import open_run
 from memjax.runtime.selfcheck import check_merged
@@ -51,20 +52,18 @@ class Merged(NamedTuple):
 
 
 def open_model(path: str, adapters: Sequence[str] = ()) -> Model:
-  """A pretrained model, with the adapters of folders of PEFT or of memories put onto it.
+  """A pretrained model, with adapters of at most one folder of PEFT and one of memories put onto it.
 
-  Raises UserError for what cannot be read, two adapters of a kind, and adapters of another model.
+  Raises UserError for what cannot be read, more adapters, and those of another model.
   """
   path = local_model(path)
   config, tensors = graft.open_host(path)
   params = load_params(config, tensors)
-  kinds = ['memory' if os.path.isfile(os.path.join(folder, graft.DESCRIPTION)) else 'PEFT' for folder in adapters]
-  for kind in set(kinds):
-    if kinds.count(kind) > 1: raise UserError(f'--adapter names {kinds.count(kind)} folders of {kind}; a model takes one of each kind')
-  found = dict(zip(kinds, adapters, strict=True))
-  if 'memory' in found: config, params = graft.load_adapter(found['memory'], config, params)
-  if 'PEFT' in found:
-    config, adapter = load_peft(found['PEFT'], config)
+  memories, changes = sort_adapters(adapters)
+  if len(changes) > 1: raise UserError(f'--adapter names {len(changes)} folders of low-rank changes; a model takes one')
+  for folder in memories: config, params = graft.load_adapter(folder, config, params)
+  for folder in changes:
+    config, adapter = load_peft(folder, config)
     params = insert(params, adapter, config.block.quant)
   return Model(path, path, config, params, open_texts(path), _stored(tensors), {})
 

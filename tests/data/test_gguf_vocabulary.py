@@ -17,7 +17,7 @@ TEXT = "at'S 1984 (\n naïve  e\u0301 <|im_start|>at<think>"
 def test_what_is_read_comes_back(pre):
   tokenizer = gguf_tokenizer(metadata(pre=pre))
   found = gguf_vocabulary(tokenizer, len(TOKENS) + 2)
-  assert found['tokenizer.ggml.pre'] == pre
+  assert PRE[found['tokenizer.ggml.pre']] is PRE[pre]                    # some have several names
   assert found['tokenizer.ggml.tokens'] == [*TOKENS, f'[PAD{len(TOKENS)}]', f'[PAD{len(TOKENS) + 1}]']
   assert found['tokenizer.ggml.token_type'].tolist() == [*KEYS['token_type'], 5, 5] and found['tokenizer.ggml.merges'] == KEYS['merges']
   again = gguf_tokenizer({**found, 'tokenizer.ggml.bos_token_id': 1})
