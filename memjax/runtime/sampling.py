@@ -90,11 +90,14 @@ def check_prompts(prompts: Sequence[Sequence[int]], vocabulary: int) -> list[np.
 def pad_left(prompts: Sequence[np.ndarray], segment: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """(token, position, mask), each [B, L]: prompts end at the last column; positions count the real tokens from 0.
 
-  L is a power of two up to `segment`, beyond it a multiple of `segment`; then all segments of a prompt but the last are
+  L is a power of two up to 16, then a quarter of one (16 at least) more than another up to `segment`: few shapes to compile, and
+  little padding to compute. Beyond `segment` it is a multiple of that; then all segments of a prompt but the last are
   full and the padding stands inside the last, so that each segment begins at a multiple of `segment` real tokens.
   """
   longest = max(p.size for p in prompts)
-  piece = min(segment, 1 << (longest - 1).bit_length())
+  above = 1 << (longest - 1).bit_length()
+  step = above if above <= 16 else max(16, above // 4)
+  piece = min(segment, step * -(-longest // step))
   length = piece * -(-longest // piece)
   token_BxL = np.zeros((len(prompts), length), np.int32)
   mask_BxL = np.zeros(token_BxL.shape, bool)

@@ -132,6 +132,8 @@ def test_pad_left_counts_real_tokens():
   token, position, mask = pad_left([np.arange(1, 11), np.arange(1, 5), np.arange(1, 9)], 4)
   assert token.tolist() == [[1, 2, 3, 4, 5, 6, 7, 8, 0, 0, 9, 10], [0] * 8 + [1, 2, 3, 4], [0] * 4 + [1, 2, 3, 4, 5, 6, 7, 8]]
   assert position[0].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 7, 7, 8, 9] and (mask == (token > 0)).all()
+  lengths = [pad_left([np.ones(n, np.int32)], 512)[0].shape[1] for n in (1, 3, 9, 16, 17, 37, 64, 65, 100, 129, 400, 512, 513)]
+  assert lengths == [1, 4, 16, 16, 32, 48, 64, 96, 128, 192, 512, 512, 1024]
 
 
 def test_rows_do_not_see_each_other(everything, random):
