@@ -16,6 +16,7 @@ from memjax.adapters.peft import load_peft
 from memjax.adapters.pretrained import load_pretrained, open_pretrained
 from memjax.adapters.quantized import TYPES, load_quantized
 from memjax.adapters.safetensors import SafeTensors
+from memjax.config.errors import UserError
 from memjax.config.flags import call
 from memjax.config.quant import QuantConfig
 from memjax.config.schema import OptimizerConfig
@@ -326,6 +327,15 @@ def test_memories_that_are_written_wrong(do, tmp_path, monkeypatch):
       lambda x: 2 * x, params['suffix'])}))
   assert 'the memories differ from what was meant' in do('--to=memory', '--workdir=PLACE/both', f'--output={tmp_path}/m', status=2)
   assert [path.name for path in tmp_path.iterdir()] == ['m.failed']
+
+
+def test_a_full_disk_leaves_nothing(do, tmp_path, monkeypatch):
+  def write(path, rows): raise UserError(f'{path} cannot be written: No space left on device')
+  monkeypatch.setattr('memjax.adapters.export_hf.write_safetensors', write)
+  said = do('--to=hf', '--model=PLACE/host', f'--output={tmp_path}/m', status=2)
+  assert said.endswith('cannot be written: No space left on device\n') and not list(tmp_path.iterdir())
+  (tmp_path / 'file').write_text('')
+  assert 'cannot be written: ' in do('--to=hf', '--model=PLACE/host', f'--output={tmp_path}/file/m', status=2)
 
 
 # What is refused ---------------------------------------------------------------------------------------------------------------

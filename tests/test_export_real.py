@@ -16,20 +16,20 @@ from memjax.adapters.peft import save_peft
 from memjax.adapters.pretrained import open_pretrained
 from memjax.config.flags import call
 from memjax.config.lora import LoraConfig
+from memjax.data.chat import chat_tokens
 from memjax.layers.tree import named, unnamed
 from memjax.models.decoder import build_decoder, param_shapes
 from memjax.runtime.exporting import open_model
-from memjax.runtime.host import open_host
-from tests.test_real_model import GPL, HAS_GPL, MODEL, WINDOW, WINDOWS
+from tests.test_real_model import ASKED, GPL, HAS_GPL, MODEL, WINDOW, WINDOWS
 
 LORA = LoraConfig(rank=16, alpha=32.0)
 
 if MODEL and HAS_GPL:
   pytestmark = pytest.mark.slow
 
-  def nats(config, params, host, *, count=2):
+  def nats(config, params, host, count=2):
     """Nats a token of the first windows of the licence, each alone."""
-    tokens = host.tokenizer.encode(GPL.read_text()[:24_000])[:WINDOW * count].reshape(-1, 1, WINDOW)
+    tokens = host.texts.words.tokenizer.encode(GPL.read_text()[:24_000])[:WINDOW * count].reshape(-1, 1, WINDOW)
     model = build_decoder(config)
     @jax.jit
     def one(params, token_BxL):
@@ -41,7 +41,7 @@ if MODEL and HAS_GPL:
 
   @pytest.fixture(scope='module')
   def host():
-    return open_host(str(MODEL))
+    return open_model(str(MODEL))
 
   @pytest.fixture(scope='module')
   def changes(host, tmp_path_factory):
@@ -57,19 +57,20 @@ if MODEL and HAS_GPL:
   def test_a_folder_has_the_same_perplexity(host, tmp_path):
     """float16 keeps Q4_1 but for its rounding; the written folder reads, writes and chats as the file."""
     do('--to=hf', f'--model={MODEL}', f'--output={tmp_path}/m', '--dtype=float16')
-    again = open_host(str(tmp_path / 'm'))
+    again = open_model(str(tmp_path / 'm'))
     assert open_pretrained(str(tmp_path / 'm'))[1].read('model.norm.weight').dtype == np.float16
     found = nats(again.config, again.params, again)
     np.testing.assert_allclose(found, WINDOWS[:2], atol=2e-3)
     np.testing.assert_allclose(found, nats(host.config, host.params, host), atol=1e-3)
-    chat = 'What is the capital of France?'
-    assert again.encode_chat(chat).tolist() == host.encode_chat(chat).tolist()
-    assert (again.ends, again.has_bos, again.context) == ((2,), False, 8192)
+    asked = [{'role': 'user', 'content': 'What is the capital of France?'}]
+    words = again.texts.words
+    assert chat_tokens(words.tokenizer, words.template, asked, add_generation_prompt=True).tolist() == ASKED
+    assert (again.texts.ends, again.texts.has_bos, again.texts.context, again.texts.licence) == ((2,), False, 8192, 'apache-2.0')
     assert json.loads((tmp_path / 'm' / 'config.json').read_text())['tie_word_embeddings'] is True
 
   def test_a_folder_in_float32_is_the_file(host, tmp_path):
     do('--to=hf', f'--model={MODEL}', f'--output={tmp_path}/m')
-    again = open_host(str(tmp_path / 'm'))
+    again = open_model(str(tmp_path / 'm'))
     for path, x in named(again.params).items(): assert np.array_equal(x, named(host.params)[path]), path
     do('--to=gguf', f'--model={tmp_path}/m', f'--output={tmp_path}/m.gguf', '--type=Q4_1')
     one, other = GgufModel(str(MODEL)), GgufModel(str(tmp_path / 'm.gguf'))
@@ -82,7 +83,7 @@ if MODEL and HAS_GPL:
     """Merged, written as Q8_0 and read again: perplexity within 1 % of the model with its changes, and not that of the host."""
     folder, config, params = changes
     do('--to=gguf', '--type=Q8_0', f'--model={MODEL}', f'--adapter={folder}', f'--output={tmp_path}/m.gguf')
-    again = open_host(str(tmp_path / 'm.gguf'))
+    again = open_model(str(tmp_path / 'm.gguf'))
     want, found = (np.exp(nats(*pair, host).mean()) for pair in ((config, params), (again.config, again.params)))
     plain = np.exp(nats(host.config, host.params, host).mean())
     assert abs(found / want - 1) < 0.01 and abs(want / plain - 1) > 0.02, (plain, want, found)

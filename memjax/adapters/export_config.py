@@ -15,7 +15,7 @@ from memjax.config.schema import ModelConfig
 from memjax.layers.mlp import hidden_width
 
 CLASSES = {'llama': 'LlamaForCausalLM', 'mistral': 'MistralForCausalLM', 'qwen2': 'Qwen2ForCausalLM', 'qwen3': 'Qwen3ForCausalLM'}
-DROPPED = ('_name_or_path', 'transformers_version', 'quantization_config')      # of the checkpoint that the model came from
+DROPPED = ('_name_or_path', 'transformers_version', 'quantization_config', 'auto_map')      # of the checkpoint that the model came from
 USUAL = {'attention_dropout': 0.0, 'initializer_range': 0.02, 'use_cache': True}
 UNSEEN = (*FREE, 'grafted')        # what a checkpoint does not say
 

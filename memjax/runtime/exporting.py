@@ -121,14 +121,16 @@ def publish(output: str, write: Callable[[str], None], check: Callable[[str], An
   output = os.path.abspath(output)
   if os.path.exists(output): raise UserError(f'{output} exists; name a new place')
   beside = f'{output}.{uuid.uuid4().hex[:8]}.tmp'
+  wrong = [f'{beside}.failed']                 # where `write_gguf` leaves what it finds to be wrong
   try:
     os.makedirs(os.path.dirname(output), exist_ok=True)
     write(beside)
+    wrong.append(beside)
     found = check(beside)
     os.replace(beside, output)
     return found
   except UserError as error:
-    raise _kept(error, beside, output) from None
+    raise _kept(error, wrong, output) from None
   except OSError as error:
     raise UserError(f'{output} cannot be written: {error.strerror or error}') from None
   finally:
@@ -136,10 +138,12 @@ def publish(output: str, write: Callable[[str], None], check: Callable[[str], An
     elif os.path.exists(beside): os.remove(beside)
 
 
-def _kept(error: UserError, beside: str, output: str) -> UserError:
-  """The error, after what was written was kept under a name that says so."""
-  left = next((path for path in (f'{beside}.failed', beside) if os.path.exists(path)), '')
+def _kept(error: UserError, wrong: Sequence[str], output: str) -> UserError:
+  """The error, after what was written wrongly was kept under a name that says so."""
+  left = next((path for path in wrong if os.path.exists(path)), '')
   if not left: return error
   failed = next(name for name in (f'{output}.failed{number or ""}' for number in range(10 ** 6)) if not os.path.exists(name))
   os.replace(left, failed)
-  return UserError(f'the export is wrong: {str(error).replace(left, failed).replace(beside, failed)}; it is kept as {failed}')
+  text = str(error)
+  for path in wrong: text = text.replace(path, failed)
+  return UserError(f'the export is wrong: {text}; it is kept as {failed}')

@@ -22,7 +22,8 @@ COPIED = (FILE, 'tokenizer_config.json', 'special_tokens_map.json', 'added_token
           'LICENSE', 'LICENSE.txt', 'NOTICE')
 TEMPLATE, GENERATION = 'chat_template.jinja', 'generation_config.json'
 SAMPLING = {'do_sample': True, 'temperature': 0.7, 'top_p': 0.9, 'top_k': 50}        # where the model came without any
-LICENCE = re.compile(r'\A---\n(?:.*\n)*?license:[ \t]*["\']?([\w.\- ]+?)["\']?[ \t]*\n')
+NAME = r'[\w.-]{1,60}'
+LICENCE = re.compile(rf'\A---\n(?:.*\n)*?license:[ \t]*["\']?({NAME})["\']?[ \t]*\n')
 
 
 class Texts(NamedTuple):
@@ -64,8 +65,9 @@ def _gguf_texts(file: GgufModel, words: Words) -> Texts:
   found = {name: file.metadata.get(f'{PREFIX}{theirs}_token_id') for name, theirs in SPECIAL.items()}
   special = {name: token for name, token in found.items() if type(token) is int}
   keys = {key: value for key, value in file.file.typed.items() if key.startswith('tokenizer.')}
-  licence = file.metadata.get('general.license', '')
-  return Texts(words, begins_with_bos(file.metadata), file.context, special, licence if isinstance(licence, str) else '', keys=keys)
+  licence = file.metadata.get('general.license')
+  licence = licence if isinstance(licence, str) and re.fullmatch(NAME, licence) else ''
+  return Texts(words, begins_with_bos(file.metadata), file.context, special, licence, keys=keys)
 
 
 def own_texts(tokenizer: Any, context: int, words: Words | None = None) -> Texts:
