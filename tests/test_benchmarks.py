@@ -8,7 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import banks, common, decode, holographic, language, language_models, recall, recall_rows, routed
+from benchmarks import banks, common, decode, decode_host, holographic, language, language_models, recall, recall_rows, routed
+from tests.adapters.gguf_files import write_case
 
 ABSENT = ('ml_collections', 'grain', 'orbax', 'tokenizers', 'tensorboardX')
 
@@ -70,6 +71,23 @@ def test_rows_of_equal_state():
     mixer = config.mixers['memory']
     K = mixer.key_width or 64 // mixer.heads
     assert mixer.heads * (mixer.slots or K) * K == 512, name
+
+
+@pytest.mark.slow
+def test_decode_host(tmp_path):
+  path = tmp_path / 'd.json'
+  decode_host.main(['--model', write_case(tmp_path / 'm.gguf', 'llama_plain'), '--batches', '1,2', '--prompts', '5', '--tokens', '16',
+                    '--repeats', '1', '--alone', '--output', str(path)])
+  saved = check(path, 'decode_host')
+  assert [(row['row'], row['batch'], row['same_tokens']) for row in saved['rows']] == [('memjax', 1, 1), ('memjax', 2, 1)]
+  assert all(row['tokens_per_second'] > 0 and row['prefill_ms'] > 0 for row in saved['rows']) and saved['weight_bytes'] > 0
+  assert [target['value'] for target in saved['targets']] == [None, None]
+
+
+def test_targets_take_the_faster_peer():
+  row = lambda name, batch, speed: {'row': name, 'batch': batch, 'prompt': 37, 'tokens_per_second': speed}
+  rows = [row('memjax', 1, 30.0), row('transformers dynamic', 1, 20.0), row('transformers static', 1, 15.0), row('memjax', 8, 1.0)]
+  assert [target['value'] for target in decode_host.targets(rows, 1.0)] == [1.5, None]
 
 
 @pytest.mark.slow

@@ -90,10 +90,11 @@ def test_filters_act_in_order_and_after_the_temperature(logits):
 
 def test_draws_follow_the_probabilities():
   row = jnp.log(jnp.asarray([0.5, 0.3, 0.15, 0.05]))
-  rows = jnp.arange(8000)
-  drawn = jax.jit(lambda l: draw(l, Sampling(seed=1), rows, jnp.int32(5)))(jnp.broadcast_to(row, (8000, 4)))
-  np.testing.assert_allclose(np.bincount(drawn, minlength=4) / 8000, np.exp(row), atol=0.02)
-  again = draw(jnp.broadcast_to(row, (8000, 4)), Sampling(seed=1), rows, jnp.int32(6))
+  rows, many = jnp.arange(10_000), jnp.broadcast_to(row, (10_000, 4))
+  drawn = jax.jit(lambda l: draw(l, Sampling(seed=1), rows, jnp.int32(5)))(many)
+  wanted = 10_000 * np.exp(row)
+  assert np.sum((np.bincount(drawn, minlength=4) - wanted) ** 2 / wanted) < 16.3           # chi^2 of 3 degrees beyond this: 1 in 1000
+  again = draw(many, Sampling(seed=1), rows, jnp.int32(6))
   assert np.mean(np.asarray(drawn) == np.asarray(again)) < 0.5     # another token number is another draw
 
 
@@ -151,6 +152,33 @@ def test_the_seed_decides(everything, random):
   first = tokens_of(random, everything[1], PROMPTS, 16)
   np.testing.assert_array_equal(first, tokens_of(again, everything[1], PROMPTS, 16))
   assert (first != np.concatenate(list(other), 1)).any()
+
+
+def test_rows_end_each_for_itself_and_drawing_with_the_last(everything, greedy):
+  """A row that drew an end is filled up; no token is drawn after the last row's end; the texts are those without ends."""
+  whole = tokens_of(greedy, everything[1], PROMPTS, 40)
+  ends = (int(whole[0, 3]), int(whole[1, 9]), int(whole[2, 6]))
+  first = [min(list(row).index(end) for end in ends if end in row) for row in whole]
+  sampler = greedy.within(256, ends)
+  assert sampler is greedy.within(256, ends) and sampler is not greedy and greedy.within(256) is greedy
+  found = tokens_of(sampler, everything[1], PROMPTS, 40)
+  assert found.shape == (3, max(first) + 1)
+  for row, full, at in zip(found, whole, first, strict=True):
+    assert row[:at + 1].tolist() == full[:at + 1].tolist() and set(row[at + 1:].tolist()) <= {ends[0]}
+  assert tokens_of(sampler, everything[1], PROMPTS, 2).shape == (3, 2)
+
+
+def test_going_on_is_one_text(everything, greedy):
+  """Prompts given in two parts, with the room grown between them, leave what the whole leaves."""
+  _, params = everything
+  whole = greedy.start(params, [np.asarray(p, np.int32) for p in ([1, 2, 3, 4, 5], [9, 8, 7])], 64)
+  session = greedy.start(params, [np.asarray(p, np.int32) for p in ([1, 2], [9])], 16)
+  session = greedy.extend(params, greedy.grow(session, 64), [np.asarray(p, np.int32) for p in ([3, 4, 5], [8, 7])])
+  np.testing.assert_allclose(session.carry.logits_BxA, whole.carry.logits_BxA, atol=1e-5)
+  assert session.carry.position_B.tolist() == [5, 3] and session.length == 5 and session.room == 64
+  assert jax.tree.map(jnp.shape, session.carry.state) == jax.tree.map(jnp.shape, whole.carry.state)
+  with pytest.raises(UserError, match='a text of 65 tokens does not fit into a memory of 64'):
+    greedy.extend(params, session, [np.ones(60, np.int32)] * 2)
 
 
 def test_chunks_do_not_change_the_text(everything, random):
