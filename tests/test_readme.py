@@ -120,7 +120,8 @@ def test_commands_of_config_files(words, trained, tmp_path, monkeypatch, capsys)
   for split in ('train', 'valid', 'test'):
     (tmp_path / f'{split}.tokens').write_text(' = Plays = \n \n A rose by any other name . \n' * 9, encoding='utf-8')
   (tmp_path / 'seed.yaml').write_text('{training: {dataset_name: shakespeare}, model: {tokenizer_name: bytes, hidden_dim: 48}}')
-  places = {'W/config.json': f'{trained[0]}/config.json', 'FOLDER': str(tmp_path), 'FILE.yaml': f'{tmp_path}/seed.yaml'}
+  places = {'W/config.json': f'{trained[0]}/config.json', 'FOLDER': str(tmp_path), 'FILE.yaml': f'{tmp_path}/seed.yaml',
+            'HOST': write_case(tmp_path / 'm.gguf', 'llama_plain')}
   for name, place in places.items(): words = [word.replace(name, place) for word in words]
   config, _ = parse(words, train.FLAGS)
   if config.data.source == 'hub': return
