@@ -53,6 +53,7 @@ def test_products_with_codes(how, dtype):
     np.testing.assert_allclose(np.asarray(found, np.float64), meant, atol=(1e-6 if dtype == 'float32' else 2e-2) * np.abs(meant).max())
   assert y.dtype == x.dtype and y.shape == (2, 5, E)
   check(y, exact)
+  check(jax.jit(quantized_dot)(jnp.concatenate([x, x, x, x], 1), q)[:, :5], exact)          # many tokens go another way
   dx, dq = pull(y)
   check(dx, np.asarray(y, np.float64) @ np.asarray(dequantize(q), np.float64))
   assert dx.dtype == x.dtype and not np.asarray(dq.scale).any() and dq.codes.dtype == jax.dtypes.float0
