@@ -32,6 +32,8 @@ REFUSED = [
   (lambda: NeuralRuleConfig(loss='lp', loss_argument=.5), 'loss_argument=0.5 of lp must be at least 1'),
   (lambda: NeuralRuleConfig(decay_to='zero', forget=False), 'decay_to needs forget'),
   (lambda: NeuralRuleConfig(mode='block', read='before'), "read applies to modes 'token' and 'exact'"),
+  (lambda: NeuralRuleConfig(momentum='muon'), "momentum='muon' needs mode='block', not 'token'"),
+  (lambda: NeuralConfig(net=NeuralNetConfig(weight_norm=True)), "net.weight_norm applies to rule.mode='block', not to 'token'"),
   (lambda: NeuralGatesConfig(theta_raw=True, theta_norm='none'), "theta_norm='none' does not apply to theta_raw"),
   (lambda: NeuralGatesConfig(theta_raw=True, theta_momentum_norm=False), 'theta_momentum_norm does not apply to theta_raw'),
   (lambda: NeuralProjConfig(conv_width=1), 'conv_width=1 mixes no tokens; 0 is off'),

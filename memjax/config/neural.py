@@ -26,6 +26,7 @@ class NeuralNetConfig:
   residual: str = option('', "M(x) = x + (1 + gain) norm(net(x)); '' = on, unless the memory is one matrix", choices=('', 'on', 'off'))
   gain: str = option('fast', 'whether the gain of that norm learns at test time', choices=('fast', 'slow'))
   bias: bool = option(False, 'fast biases: they shrink the stable step size many times')
+  weight_norm: bool = option(False, 'rescale the columns of matrices at the end of a chunk to their norm at the start (mode block)')
   learn_init: bool = option(True, 'train the weights that every document starts from')
 
   def __post_init__(self):
@@ -50,7 +51,8 @@ class NeuralRuleConfig:
   loss: str = option('l2', 'of the prediction for a key against its value', choices=('l2', 'dot', 'huber', 'lp', 'kl'))
   loss_scale: str = option('half', 'factor on l2, huber and lp: 1/2, 1, or 1 / value width', choices=('half', 'sum', 'mean'))
   loss_argument: float = option(0.0, 'where huber turns linear (0 = 1), p of lp (0 = 3)', low=0.0)
-  momentum: str = option('first', 'order of the momentum', choices=('none', 'first', 'nesterov', 'second'))
+  momentum: str = option('first', 'its order; muon (mode block): first, orthogonalised where a chunk ends',
+                         choices=('none', 'first', 'nesterov', 'second', 'muon'))
   forget: bool = option(True, 'learned forgetting')
   decay_to: str = option('init', 'what forgetting returns to: the learned start, or zero as in the paper', choices=('init', 'zero'))
   read: str = option('after', 'read after or before the write of the same token', choices=('after', 'before'))
@@ -71,6 +73,7 @@ class NeuralRuleConfig:
     refuse(self.loss_argument > 0 and self.loss not in ('huber', 'lp'), f'loss_argument applies to huber and lp, not to {self.loss}')
     refuse(self.loss == 'lp' and 0 < self.loss_argument < 1, f'loss_argument={self.loss_argument:g} of lp must be at least 1')
     refuse(self.decay_to != 'init' and not self.forget, 'decay_to needs forget')
+    refuse(self.momentum == 'muon' and self.mode != 'block', f"momentum='muon' needs mode='block', not {self.mode!r}")
     refuse(self.read != 'after' and self.mode == 'block', "read applies to modes 'token' and 'exact'; 'block' reads the start of the chunk")
 
 
@@ -132,6 +135,7 @@ class NeuralConfig:
            f"rule.mode='exact' needs net.kind='linear' without residual, not {net.kind!r}")
     refuse(rule.mode == 'exact' and gates.theta_norm == 'chunk',
            "gates.theta_norm='chunk' would make the result of rule.mode='exact' depend on the chunk")
+    refuse(net.weight_norm and rule.mode != 'block', f"net.weight_norm applies to rule.mode='block', not to {rule.mode!r}")
     refuse(self.exec.solver != 'blocked' and rule.mode != 'exact', f"exec.solver applies to rule.mode='exact', not to {rule.mode!r}")
     refuse(net.has_residual and self.value_width not in (0, self.key_width), 'value_width must be key_width in the residual form of net')
     refuse(gates.alpha_bias != 0 and not rule.forget, 'gates.alpha_bias needs rule.forget')

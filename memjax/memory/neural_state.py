@@ -92,7 +92,7 @@ class NeuralStep(Memory):
     scale = {'half': 0.5, 'sum': 1.0, 'mean': 1 / V}[r.loss_scale]
     argument = r.loss_argument or {'huber': 1.0, 'lp': 3.0}.get(r.loss, 0.0)
     return ops.Rule(network, r.mode, r.loss, scale, argument, r.momentum, r.decay_to, r.read, r.grad_at, r.clip, r.clip_kind,
-                    r.first_order, self.config.exec.solver, self.dtype)
+                    r.first_order, self.config.exec.solver, n.weight_norm, self.dtype)
 
   @property
   def order(self) -> str:
@@ -197,6 +197,7 @@ class NeuralStep(Memory):
     y_BxE = self._flat(self.read_anchor(state, items.query))[:, 0]
     slot_B = state.slot_B + 1
     full_B = written_B & (slot_B == self.config.chunk)
+    fast = where_rows(full_B, ops.finish(rule, start, fast), fast)
     moved = where_rows(full_B, {name: levels[0] for name, levels in fast.items()}, state.anchor)
     new = state.replace(fast=where_rows(written_B, fast, state.fast), anchor=moved,
                         slot_B=jnp.where(written_B, jnp.where(full_B, 0, slot_B), state.slot_B))

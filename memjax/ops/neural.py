@@ -25,7 +25,8 @@ from memjax.ops.neural_steps import TURNS, Coefficients, levels, read_before
 class Rule:
   """The inner loop. `scale` and `argument` belong to the loss; `clip` bounds the gradient norm of one token (0 = off), hard or
   'soft' (1 / (1 + N / clip)); `first_order` (not in mode 'exact') takes inner gradients at weights without outer gradient;
-  `grad_at` 'decayed' takes the error of mode 'exact' at the decayed memory."""
+  `grad_at` 'decayed' takes the error of mode 'exact' at the decayed memory; `weight_norm` (mode 'block') rescales each column of a
+  matrix, where a chunk ends, to its norm at the learned start (LaCT)."""
   network: Network
   mode: str = 'token'
   loss: str = 'l2'
@@ -39,6 +40,7 @@ class Rule:
   clip_kind: str = 'hard'
   first_order: bool = False
   solver: str = 'blocked'
+  weight_norm: bool = False
   dtype: Any = jnp.float32
 
   @property
@@ -197,6 +199,29 @@ def _pushed(name, found, push, dtype):
   scaled = jnp.concatenate([push[:, :, q, :, None] * narrow for q in range(levels)], -1)
   made = dot('bhci,bhco->bhio', *((a, scaled) if side == -1 else (scaled, d)), dtype)
   return jnp.split(made, levels, side)
+
+
+def orthogonal(x: jax.Array) -> jax.Array:
+  """The matrices [..., i, o] with their singular values near 1: five Newton-Schulz steps (Muon)."""
+  wide = x.shape[-1] < x.shape[-2]
+  x = jnp.swapaxes(x, -1, -2) if wide else x
+  x *= jax.lax.rsqrt(jnp.sum(x * x, (-1, -2), keepdims=True) + 1e-12)
+  for _ in range(5):
+    gram = x @ jnp.swapaxes(x, -1, -2)
+    x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+  return jnp.swapaxes(x, -1, -2) if wide else x
+
+
+def finish(rule: Rule, start: Weights, memory: dict) -> dict:
+  """M where a chunk of mode 'block' ends: the steps that look at whole matrices."""
+  out = dict(memory)
+  for name, (weights, *momenta) in memory.items():
+    if rule.momentum == 'muon': weights += orthogonal(momenta[0]) if is_matrix(name) else momenta[0]
+    if rule.weight_norm and is_matrix(name):
+      home, size = start.fast[name], lambda a: jnp.sqrt(jnp.sum(a * a, -2, keepdims=True) + 1e-12)
+      weights = (home + weights) * (size(home) / size(home + weights)) - home
+    out[name] = (weights, *momenta)
+  return out
 
 
 def find_factors(rule: Rule, start: Weights, memory: dict, tokens: Tokens, *, coefficients: Coefficients) -> Factors:

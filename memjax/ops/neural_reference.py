@@ -17,7 +17,7 @@ def reference(rule: Rule, start: Weights, memory: dict, tokens: tuple, *, gates:
   """
   full = {name: leaf.at[:, :, 0].add(start.fast[name]) for name, leaf in memory.items()}
   query, key, value = (jnp.moveaxis(a[:, :, :, None], 2, 0) for a in tokens)
-  before = lambda a: jnp.zeros_like(a[:window])
+  length, before = query.shape[0], lambda a: jnp.zeros_like(a[:window])
   past = tuple(map(before, (key, value, jnp.moveaxis(gates.write, 2, 0))))
   def token(carry, now):
     full, held, past = carry
@@ -29,11 +29,14 @@ def reference(rule: Rule, start: Weights, memory: dict, tokens: tuple, *, gates:
     each = [_gradient(rule, start, fixed, tuple(a[n] for a in past)) for n in range(window)]
     g = jax.tree.map(lambda *one: sum(one), *each)
     new = {name: _update(rule, start.fast[name], leaf, g[name], gates=gate) for name, leaf in full.items()}
+    if rule.momentum == 'muon' or rule.weight_norm:
+      ends = (t + 1 == length) | (t % chunk == chunk - 1)
+      new = {name: jnp.where(ends, _whole(rule, start.fast[name], name, leaf), leaf) for name, leaf in new.items()}
     seen = held if rule.mode == 'block' else full if rule.read == 'before' else new
     y = rule.network(Plain({name: leaf[:, :, 0] for name, leaf in seen.items()}, start.slow, rule.dtype), query)
     return (new, held, past), y
   gates = jax.tree.map(lambda a: jnp.moveaxis(a, 2, 0), gates)
-  (full, _, _), y = jax.lax.scan(token, (full, full, past), (jnp.arange(query.shape[0]), query, key, value, gates))
+  (full, _, _), y = jax.lax.scan(token, (full, full, past), (jnp.arange(length), query, key, value, gates))
   return {name: leaf.at[:, :, 0].add(-start.fast[name]) for name, leaf in full.items()}, jnp.moveaxis(y[..., 0, :], 0, 2)
 
 
@@ -61,6 +64,19 @@ def _gradient(rule, start, weights, pair):
   return {name: jnp.where(_lift(write, leaf), leaf, 0) for name, leaf in g.items()}
 
 
+def _whole(rule, home, name, stack):
+  """What mode 'block' does to whole matrices at the end of a chunk."""
+  w, s = stack[:, :, 0], stack[:, :, -1]
+  if name == 'gain' or name.startswith('b_'): return stack.at[:, :, 0].add(s) if rule.momentum == 'muon' else stack
+  if rule.momentum == 'muon':
+    x = s / jnp.sqrt(jnp.sum(s * s, (2, 3), keepdims=True) + 1e-12)
+    for _ in range(5): x = 3.4445 * x - 4.7750 * x @ x.swapaxes(2, 3) @ x + 2.0315 * x @ x.swapaxes(2, 3) @ x @ x.swapaxes(2, 3) @ x
+    w = w + x
+  if rule.weight_norm:
+    w = w * jnp.sqrt(jnp.sum(home ** 2, 2, keepdims=True) + 1e-12) / jnp.sqrt(jnp.sum(w ** 2, 2, keepdims=True) + 1e-12)
+  return stack.at[:, :, 0].set(w)
+
+
 def _update(rule, home, stack, g, *, gates):
   """(W, S1, S2) after one token, from the equations as they are written."""
   theta, eta, alpha = (_lift(a, g) for a in (gates.theta, gates.eta, gates.alpha))
@@ -68,7 +84,7 @@ def _update(rule, home, stack, g, *, gates):
   if rule.momentum == 'none': step, new = -theta * g, []
   else:
     s = eta * momenta[0] - theta * g
-    step, new = s, [s]
+    step, new = 0 * s if rule.momentum == 'muon' else s, [s]
     if rule.momentum == 'nesterov': step = eta * s - theta * g
     if rule.momentum == 'second':
       s2 = _lift(gates.eta2, g) * momenta[1] + s

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from memjax.ops.neural import Rule, Tokens, Weights, commit, factors, find_factors, read_anchor, read_tokens
+from memjax.ops.neural import Rule, Tokens, Weights, commit, factors, find_factors, finish, read_anchor, read_tokens
 from memjax.ops.neural_steps import Coefficients, Gates, coefficients, read_before
 
 UNROLL = 4                           # on an accelerator: fewer copies of what a loop carries (1.2 to 1.4 times faster on an H200)
@@ -71,6 +71,7 @@ def block_chunk(rule: Rule, start: Weights, memory: tuple[dict, dict], chunk: Ch
   weights = {name: start.fast[name] + leaf for name, leaf in fixed.items()}
   found = factors(rule, weights, start.slow, chunk.tokens)
   new = commit(rule, start, memory, found=found, coefficients=chunk.coefficients)
+  new = where_rows(chunk.full, finish(rule, start, new), new) if rule.momentum == 'muon' or rule.weight_norm else new
   fixed = where_rows(chunk.full, {name: levels[0] for name, levels in new.items()}, fixed)
   return (fixed, new), (y.astype(chunk.query.dtype), Told(found.loss, found.norm, found.kept))
 

@@ -16,10 +16,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-MOMENTA = ('none', 'first', 'nesterov', 'second')
+MOMENTA = ('none', 'first', 'nesterov', 'second', 'muon')
 TURNS = {                            # entries of a turn that are not zero for every gate
   'none': {(0, 0)}, 'first': {(0, 0), (0, 1), (1, 1)}, 'nesterov': {(0, 0), (0, 1), (1, 1)},
-  'second': {(0, 0), (0, 1), (0, 2), (1, 1), (2, 1), (2, 2)}}
+  'second': {(0, 0), (0, 1), (0, 2), (1, 1), (2, 1), (2, 2)}, 'muon': {(0, 0), (1, 1)}}
 
 
 class Steps(NamedTuple):
@@ -50,19 +50,21 @@ class Coefficients(NamedTuple):
 
 def levels(momentum: str) -> int:
   """Q, tensors kept for each fast tensor: the weights and the momenta."""
-  return {'none': 1, 'first': 2, 'nesterov': 2, 'second': 3}[momentum]
+  return {'none': 1, 'second': 3}.get(momentum, 2)
 
 
 def steps(momentum: str, gates: Gates) -> Steps:
   """The step of each token; where it does not write nothing changes.
 
   none: W <- (1 - alpha) W - g. first: S <- eta S - g, W <- (1 - alpha) W + S. nesterov: W adds eta S - g instead of S. second:
-  S1 <- eta S1 - g, S2 <- eta2 S2 + S1, W adds -c0 g + c1 S1 + c2 S2. (g with its step size.)
+  S1 <- eta S1 - g, S2 <- eta2 S2 + S1, W adds -c0 g + c1 S1 + c2 S2. muon: S as first, W only forgets: the orthogonalised S joins it
+  where a chunk ends. (g with its step size.)
   """
   keep, eta, eta2 = 1 - gates.alpha, gates.eta, gates.eta2
   one, zero = jnp.ones_like(keep), jnp.zeros_like(keep)
   if momentum == 'none': turn, push = {(0, 0): keep}, [one]
   elif momentum == 'first': turn, push = {(0, 0): keep, (0, 1): eta, (1, 1): eta}, [one, one]
+  elif momentum == 'muon': turn, push = {(0, 0): keep, (1, 1): eta}, [zero, one]
   elif momentum == 'nesterov': turn, push = {(0, 0): keep, (0, 1): eta * eta, (1, 1): eta}, [1 + eta, one]
   else:
     c0, c1, c2 = gates.mix

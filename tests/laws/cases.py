@@ -112,6 +112,7 @@ MORE = {
     'bank-qat': bank(quant=BankQuantConfig(bits=4, group=4, train='straight')),
     'context-clusters': ContextConfig(heads=2, slots=4, ratio=2, merge='evict', clusters=2, top_k=1),
     'context-lloyd': ContextConfig(heads=2, slots=3, ratio=2, merge='sum', clusters=2, top_k=1, iterations=1),
+    'neural-muon': neural(rule=NeuralRuleConfig(mode='block', momentum='muon'), net=NeuralNetConfig(expansion=1, weight_norm=True)),
     'neural-clip': neural(rule=NeuralRuleConfig(clip=0.05, momentum='second', loss='huber'), proj=NeuralProjConfig(lookahead=True)),
     'neural-swiglu': neural(net=NeuralNetConfig(kind='swiglu', gain='slow'), proj=NeuralProjConfig(qk_norm='rms', out_gate='sigmoid'),
                             rule=NeuralRuleConfig(momentum='none', forget=False), exec=NeuralExecConfig(spare=2, group=2)),
