@@ -31,7 +31,8 @@ class Sampling:
 
 def keep_top_k(logits_BxA: jax.Array, k: int) -> jax.Array:
   """Logits with all but the k largest at -inf; equal logits rank by token id."""
-  return jnp.where(_rank(logits_BxA) < k, logits_BxA, -jnp.inf)
+  value_BxK, token_BxK = jax.lax.top_k(logits_BxA, k)                    # of equal ones the first
+  return jnp.full_like(logits_BxA, -jnp.inf).at[jnp.arange(logits_BxA.shape[0])[:, None], token_BxK].set(value_BxK)
 
 
 def keep_top_p(logits_BxA: jax.Array, p: float) -> jax.Array:
@@ -49,10 +50,6 @@ def keep_top_p(logits_BxA: jax.Array, p: float) -> jax.Array:
 def keep_min_p(logits_BxA: jax.Array, p: float) -> jax.Array:
   """Logits with those at -inf whose probability is below p times the largest one (Nguyen et al. 2024)."""
   return jnp.where(logits_BxA >= logits_BxA.max(-1, keepdims=True) + jnp.log(p), logits_BxA, -jnp.inf)
-
-
-def _rank(logits_BxA: jax.Array) -> jax.Array:
-  return jnp.argsort(jnp.argsort(-logits_BxA, axis=-1, stable=True), axis=-1)
 
 
 def shape_logits(logits_BxA: jax.Array, sampling: Sampling) -> jax.Array:
