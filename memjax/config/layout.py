@@ -2,13 +2,15 @@
 from collections.abc import Iterator
 from typing import Any
 
-GATE, BARE = ':gate', ':bare'
+GATE, MAG, MAC, BARE = ':gate', ':mag', ':mac', ':bare'
+WIRINGS = (GATE, MAG, MAC)
 
 
-def stages(layer: str) -> tuple[tuple[tuple[str, ...], bool], ...]:
-  """((('swa', 'mem'), True), (('bank',), False)) for 'swa+mem:gate>bank' (or that with ':bare'): the residual stages of one
-  layer in order, each with its mixers and whether a learned gate mixes them."""
-  return tuple((tuple(stage.removesuffix(GATE).split('+')), stage.endswith(GATE)) for stage in layer.removesuffix(BARE).split('>'))
+def stages(layer: str) -> tuple[tuple[tuple[str, ...], str], ...]:
+  """((('swa', 'mem'), ':gate'), (('bank',), '')) for 'swa+mem:gate>bank' (or that with ':bare'): the residual stages of one
+  layer in order, each with its mixers and how they are joined, one of `WIRINGS` or '' for a sum."""
+  found = ((stage, next((wiring for wiring in WIRINGS if stage.endswith(wiring)), '')) for stage in layer.removesuffix(BARE).split('>'))
+  return tuple((tuple(stage.removesuffix(wiring).split('+')), wiring) for stage, wiring in found)
 
 
 def mixer_names(layer: str) -> tuple[str, ...]:

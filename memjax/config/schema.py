@@ -4,11 +4,12 @@ import memjax.config.neural  # noqa: F401  these register their kinds
 from memjax.config.banks import check_bank_width, own_dropout, sees_future, shared_table, table_of
 from memjax.config.chat import ChatConfig, check_mode
 from memjax.config.errors import check_pattern, refuse
-from memjax.config.layout import BARE, mixer_names, stages
+from memjax.config.layout import BARE, GATE, mixer_names, stages
 from memjax.config.lora import LoraConfig
 from memjax.config.mixers import MIXERS, SEEDS, AttentionConfig
 from memjax.config.options import config, option
 from memjax.config.quant import QuantConfig
+from memjax.config.titans import TitansConfig, check_titans
 
 ACTIVATIONS = ('swiglu', 'silu', 'relu', 'gelu', 'sigmoid', 'tanh')
 
@@ -27,6 +28,7 @@ class BlockConfig:
   mlp_out_std: float = option(0.0, 'that of the last matrix of the feed-forward network; 0 = init_std', low=0.0)
   lora: LoraConfig = option(LoraConfig(), 'low-rank changes of kernels, also of the head')
   quant: QuantConfig = option(QuantConfig(), 'kernels stored in fewer bits, which are not trained')
+  titans: TitansConfig = option(TitansConfig(), "how ':mag' and ':mac' join attention and memory")
 
 
 @config
@@ -49,8 +51,8 @@ class ModelConfig:
   hidden: int = option(0, 'F, channels of the feed-forward network; 0 = automatic, -1 = no such network', low=-1)
   vocabulary: int = option(0, 'A, tokens; 0 = that of the tokenizer', low=0)
   mixers: dict[str, object] = option({'attention': AttentionConfig()}, 'name -> memory')
-  pattern: tuple[str, ...] = option(('attention',), "layers that repeat; 'a+b' adds, 'a+b:gate' mixes by a gate, 'a>b' does b after "
-                                    "a, 'a:bare' has no feed-forward network")
+  pattern: tuple[str, ...] = option(('attention',), "layers that repeat; 'a+b' adds, 'a+b:gate' mixes by a gate, 'a+b:mag' and 'a+b:mac' "
+                                    "as in Titans, 'a>b' does b after a, 'a:bare' has no feed-forward network")
   repeats: int = option(4, 'I, how often the pattern repeats', low=0)
   prefix: tuple[str, ...] = option((), 'layers before the repeats')
   suffix: tuple[str, ...] = option((), 'layers after the repeats')
@@ -70,8 +72,8 @@ class ModelConfig:
         for name in names: refuse(name not in self.mixers, f'{where} names {name!r}, {known}')
         refuse(len(set(names)) != len(names), f'{where} layer {layer!r} names a mixer twice')
         refuse(layer.endswith(BARE) and self.hidden < 0, f'{where} layer {layer!r} leaves out a feed-forward network; hidden is -1')
-        for some, gated in stages(layer):
-          refuse(gated and len(some) != 2, f'{where} layer {layer!r} gates {len(some)} mixers; a gate needs two')
+        for some, wiring in stages(layer):
+          refuse(wiring == GATE and len(some) != 2, f'{where} layer {layer!r} gates {len(some)} mixers; a gate needs two')
           for name in some if len(some) > 1 else ():
             refuse(own_dropout(self.mixers[name]) >= 0, f"mixers.{name}.dropout goes with a stage of its own, not with {layer!r}")
     for name in self.grafted: refuse(name not in self.mixers, f'grafted names {name!r}, {known}')
@@ -81,6 +83,7 @@ class ModelConfig:
     refuse(self.block.mlp_out_std > 0 and self.hidden < 0, 'block.mlp_out_std applies to a feed-forward network; hidden is -1')
     for name, mixer in self.mixers.items(): self._check_width(f'mixers.{name}', mixer)
     self._check_shared()
+    check_titans(self)
 
   def _check_shared(self):
     """Mixers that share a table must agree on it."""

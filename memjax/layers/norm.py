@@ -13,14 +13,15 @@ def _row(parameter: jax.Array, like: jax.Array) -> jax.Array:
 
 
 class RMSNorm(nn.Module):
-  """x / rms(x) * scale (Zhang and Sennrich 2019)."""
+  """x / rms(x) * scale (Zhang and Sennrich 2019); `zero`: the scale starts at 0."""
   epsilon: float = 1e-6
   dtype: Any = jnp.float32
+  zero: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """Returns the normalised x in the compute dtype."""
-    scale = self.param('scale', partitioned(nn.initializers.ones_init(), (None,)), (x.shape[-1],))
+    scale = self.param('scale', partitioned(nn.initializers.constant(0.0 if self.zero else 1.0), (None,)), (x.shape[-1],))
     wide = x.astype(jnp.promote_types(jnp.float32, self.dtype))
     wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + self.epsilon)
     return (wide * _row(scale, wide)).astype(self.dtype)

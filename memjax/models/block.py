@@ -7,7 +7,7 @@ from flax import linen as nn
 from flax import struct
 
 from memjax.config.banks import own_dropout
-from memjax.config.layout import BARE, mixer_names, stages, suffix_of
+from memjax.config.layout import BARE, GATE, MAG, mixer_names, stages, suffix_of
 from memjax.config.schema import ModelConfig
 from memjax.layers.linear import Linear, dropout
 from memjax.layers.lora import FLOAT, Lora
@@ -15,6 +15,7 @@ from memjax.layers.mlp import MLP, hidden_width
 from memjax.layers.norm import RMSNorm, make_norm
 from memjax.memory.base import confidence, only_real
 from memjax.memory.registry import make_memory
+from memjax.models.fuse import Fuse
 
 
 @struct.dataclass
@@ -50,14 +51,15 @@ def empty_memories(config: ModelConfig, layer: str, batch: int, max_len: int) ->
 
 
 class Mixers(nn.Module):
-  """The memories of one stage: one alone, a sum ('a+b'), or a learned gate between two ('a+b:gate').
+  """The memories of one stage: one alone, a sum ('a+b'), a learned gate between two ('a+b:gate'), or 'a+b:mag'.
 
+  mag (titans specification section 12.2): y = W_O fuse(a's read, b(x)), where W_O is a's; grafted, b starts without effect.
   The gate is alpha = sigmoid(W x + w_c confidence + b) per channel, b = 0; y = alpha * b + (1 - alpha) * a on normalised
   outputs, where confidence is the size of b's read before its norm, so that an empty memory can be closed.
   """
   config: ModelConfig
   names: tuple[str, ...]
-  gated: bool
+  wiring: str
 
   @nn.compact
   def __call__(self, x_BxLxD: jax.Array, states: dict, flow: Flow, *, stream_BxLxD: jax.Array, key: jax.Array | None,
@@ -68,10 +70,12 @@ class Mixers(nn.Module):
     given = {**vars(flow), 'stream_BxLxD': only_real(stream_BxLxD, flow.mask_BxL), 'collect': collect}
     for number, name in enumerate(names):
       memory = make_memory(c.mixers[name], c.width, dtype=dtype, std=c.block.init_std, out_std=c.block.mixer_out_std,
-                           grafted=name in c.grafted, lora=settings(c, name), name=name)
+                           grafted=name in c.grafted and not (number and self.wiring == MAG), lora=settings(c, name), name=name)
       y_BxLxE, new[name], aux[name] = memory.mix(x_BxLxD, states[name], key=fold(key, number), prepared=prepared.get(name), **given)
-      out.append((memory.readout(x_BxLxD, y_BxLxE), y_BxLxE))
-    if not self.gated: return sum(y for y, _ in out[1:]) + out[0][0] if len(out) > 1 else out[0][0], new, aux
+      if self.wiring == MAG: out.append((memory, y_BxLxE))
+      else: out.append((memory.readout(x_BxLxD, y_BxLxE), y_BxLxE))
+    if self.wiring == MAG: return self._fused(x_BxLxD, *out), new, aux
+    if self.wiring != GATE: return sum(y for y, _ in out[1:]) + out[0][0] if len(out) > 1 else out[0][0], new, aux
     first, second = (RMSNorm(c.block.norm_epsilon, dtype, name=f'norm_{n}')(y) for n, (y, _) in zip(names, out, strict=True))
     gate = Linear(c.width, ('embed', None), use_bias=True, std=c.block.init_std, dtype=dtype, lora=settings(c), name='gate')
     logit = gate(x_BxLxD)
@@ -80,6 +84,14 @@ class Mixers(nn.Module):
     alpha_BxLxD = jax.nn.sigmoid(logit)
     aux[names[1]]['share'] = jax.lax.stop_gradient(alpha_BxLxD.astype(jnp.float32).mean())
     return alpha_BxLxD * second + (1 - alpha_BxLxD) * first, new, aux
+
+  def _fused(self, x_BxLxD, attention, memory):
+    """W_O fuse(y, m) of (module, read) of the two; W_O is that of attention."""
+    c, (first, y_BxLxD), (second, read_BxLxE) = self.config, attention, memory
+    is_graft = self.names[1] in c.grafted
+    fuse = Fuse(c.block.titans.fuse, norm_first=not is_graft, zero=is_graft, epsilon=c.block.norm_epsilon, std=c.block.init_std,
+                dtype=compute_dtype(c), lora=settings(c, self.names[1]), name='fuse')
+    return first.readout(x_BxLxD, fuse(x_BxLxD, y_BxLxD, second.readout(x_BxLxD, read_BxLxE)))
 
 
 def branch_dropout(config: ModelConfig, names: tuple[str, ...]) -> float:
@@ -106,10 +118,10 @@ class Layer(nn.Module):
       x = x + dropout(y, rate, noise)
       return nn.with_logical_constraint(x if pre else norm(name)(x), ('batch', None, None))
     new, aux, entry_BxLxD = {}, {}, x_BxLxD
-    for number, (names, gated) in enumerate(stages(self.layer)):
+    for number, (names, wiring) in enumerate(stages(self.layer)):
       suffix, own = suffix_of(number), fold(key, 16 + number) if number else key
-      def mixers(x, *, names=names, gated=gated, suffix=suffix, own=own):
-        y, state, told = Mixers(c, names, gated, name=f'mixers{suffix}')(
+      def mixers(x, *, names=names, wiring=wiring, suffix=suffix, own=own):
+        y, state, told = Mixers(c, names, wiring, name=f'mixers{suffix}')(
             x, states, flow, stream_BxLxD=entry_BxLxD, key=fold(own, 0), prepared=prepared or {}, collect=collect)
         new.update(state)
         aux.update(told)
