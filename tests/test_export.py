@@ -210,6 +210,8 @@ def test_fewer_bits_compute_nearly_the_same(do, place, tmp_path):
   want = forward_of(run.model.config)(run.params, token)
   config, params = load_adapter(path, *load_quantized(path))
   assert np.abs(forward_of(config)(params, token) - want).max() < 0.1 * np.abs(want).max()
+  host = open_host(path, adapters=[path])                       # as generation does
+  np.testing.assert_allclose(forward_of(host.config)(host.params, token), forward_of(config)(params, token), atol=1e-4)
   do('--to=quantized', f'--model={path}', f'--adapter={path}', f'--output={tmp_path}/again')
   for name in ('quantized.safetensors', graft.FILE): assert (tmp_path / 'again' / name).read_bytes() == (tmp_path / 'm' / name).read_bytes()
   path, said = do('--to=hf', f'--model={path}', f'--adapter={path}', f'--output={tmp_path}/floats')

@@ -82,7 +82,7 @@ def test_routing(place, capsys):
 REFUSED = [
   ('none', ('--adapter=PLACE',), 'PLACE is no folder of an adapter: it holds neither adapter_config.json nor memory_config.json'),
   ('two memories', ('--adapter=PLACE/memory', '--adapter=PLACE/./memory'), 'both hold memories; a model takes those of one folder'),
-  ('packed', ('--adapter=PLACE/memory', '--quantize=int8'), 'goes with a host of floats, not with one of int8'),
+  ('packed', ('--adapter=PLACE/memory', '--quantize=int8'), 'goes with the host as it is stored, not with --quantize=int8'),
   ('routing of a host', ('--routing=token',), "routing 'token' chooses nothing"),
   ('system', ('--system=a',), '--system goes with --chat'),
 ]

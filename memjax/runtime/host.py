@@ -105,7 +105,7 @@ def _load(config: ModelConfig, tensors: Tensors, wanted: Wanted) -> tuple[ModelC
   stored, quantize = config.block.quant.storage, wanted.quantize
   if quantize and stored: raise UserError(f'--quantize={quantize}: {tensors.folder} is stored as {stored} already')
   memories, changes = sort_adapters(wanted.adapters)
-  if memories and (quantize or stored): raise UserError(f'{memories[0]} goes with a host of floats, not with one of {quantize or stored}')
+  if memories and quantize: raise UserError(f'{memories[0]} goes with the host as it is stored, not with --quantize={quantize}')
   if quantize: config = with_quant(config, kernel_quantization(quantize))
   if memories:
     config, params = load_adapter(memories[0], config, load_params(config, tensors, param_dtype=wanted.dtype))
