@@ -33,6 +33,7 @@ class AttentionConfig:
   qk_norm_epsilon: float = option(1e-6, 'inside the square root of that norm', low=1e-12)
   bias: bool = option(False, 'biases on the query, key and value projections')
   out_bias: bool = option(False, 'bias on the output projection')
+  persistent: int = option(0, 'learned keys and values, without position, that every token sees', low=0)
 
   def __post_init__(self):
     refuse(bool(self.kv_heads) and self.heads % self.kv_heads != 0,

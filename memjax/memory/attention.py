@@ -1,9 +1,10 @@
 """Softmax attention as a memory: the state is a ring of keys and values. Full attention is a ring as long as the text."""
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 from flax import struct
 
-from memjax.layers.linear import Linear
+from memjax.layers.linear import Linear, partitioned
 from memjax.layers.norm import RMSNorm
 from memjax.memory.base import Memory, both, real_resets
 from memjax.ops.attention import attend, attend_ring, attend_window
@@ -30,7 +31,10 @@ class AttentionInputs:
 
 
 class Attention(Memory):
-  """Causal attention with H query and G key heads. `max_len=0` is one parallel call from empty; otherwise the ring holds max_len."""
+  """Causal attention with H query and G key heads. `max_len=0` is one parallel call from empty; otherwise the ring holds max_len.
+
+  Persistent tokens (titans specification section 12) are learned keys and values, without position, that every query sees.
+  """
 
   def setup(self):
     c, shared = self.config, dict(std=self.std, dtype=self.dtype, lora=self.lora)
@@ -42,6 +46,15 @@ class Attention(Memory):
                       **shared | {'std': self.out_std or self.std})
     if c.qk_norm:
       self.query_norm, self.key_norm = (RMSNorm(c.qk_norm_epsilon, self.dtype, name=n) for n in ('query_norm', 'key_norm'))
+    if c.persistent:
+      made = partitioned(nn.initializers.normal(0.02), (None, 'heads'))
+      self.persistent = tuple(self.param(f'persistent_{n}', made, (c.persistent, self.groups * self.head_width)) for n in ('key', 'value'))
+
+  @property
+  def always(self) -> tuple[jax.Array, jax.Array] | None:
+    """Persistent keys and values [G, N, K]; None: there are none."""
+    if not self.config.persistent: return None
+    return tuple(jnp.swapaxes(a.reshape(-1, self.groups, self.head_width), 0, 1) for a in self.persistent)
 
   @property
   def head_width(self) -> int:
@@ -64,13 +77,23 @@ class Attention(Memory):
 
   def project(self, x_BxLxD: jax.Array, position_BxL: jax.Array) -> AttentionInputs:
     """Queries, keys and values of all tokens, normed and rotated as configured."""
-    split = lambda a, heads: a.reshape(*a.shape[:2], heads, self.head_width)
-    q, k = split(self.query(x_BxLxD), self.config.heads), split(self.key(x_BxLxD), self.groups)
-    if self.config.qk_norm: q, k = self.query_norm(q), self.key_norm(k)
-    if self.config.rotary:
-      frequency_1 = frequencies(self.head_width, self.config.rotary_base, self.config.rope)
-      q, k = (rotate(a, position_BxL, frequency_1, scale=magnitude(self.config.rope)) for a in (q, k))
-    return AttentionInputs(q, k, split(self.value(x_BxLxD), self.groups))
+    q = self._split(self.query(x_BxLxD), self.config.heads)
+    if self.config.qk_norm: q = self.query_norm(q)
+    return AttentionInputs(self._rotated(q, position_BxL), *self.keys(x_BxLxD, position_BxL))
+
+  def keys(self, x_BxLxD: jax.Array, position_BxL: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Keys and values [B, L, G, K]."""
+    k = self._split(self.key(x_BxLxD), self.groups)
+    if self.config.qk_norm: k = self.key_norm(k)
+    return self._rotated(k, position_BxL), self._split(self.value(x_BxLxD), self.groups)
+
+  def _split(self, a, heads):
+    return a.reshape(*a.shape[:2], heads, self.head_width)
+
+  def _rotated(self, a, position_BxL):
+    c = self.config
+    if not c.rotary: return a
+    return rotate(a, position_BxL, frequencies(self.head_width, c.rotary_base, c.rope), scale=magnitude(c.rope))
 
   def write(self, state: AttentionState, inputs: AttentionInputs) -> AttentionState:
     """Puts one key and value over the oldest slot."""
@@ -80,7 +103,7 @@ class Attention(Memory):
 
   def read(self, state: AttentionState, inputs: AttentionInputs) -> jax.Array:
     """Attends with one query over the filled slots."""
-    y_BxHxK = attend_ring(inputs.q_BxLxHxK, state.k_BxGxMxK, state.v_BxGxMxK, state.count_B)
+    y_BxHxK = attend_ring(inputs.q_BxLxHxK, state.k_BxGxMxK, state.v_BxGxMxK, state.count_B, always=self.always)
     return y_BxHxK.reshape(y_BxHxK.shape[0], -1)
 
   def step(self, state, inputs, mask_B=None, *, write_mask_B=None, reset_B=None):
@@ -127,7 +150,7 @@ class Attention(Memory):
       near &= rank_BxM[:, None] <= own
       near &= jnp.arange(see_BxM.shape[1])[None, None] <= past + start + jnp.arange(size)[None, :, None]
       return near & (rank_BxM[:, None] > own - past) if past else near
-    return attend(q, keys, values, see=see)
+    return attend(q, keys, values, see=see, always=self.always)
 
   def _store(self, state, inputs, wrote_BxL, segment_BxL):
     """The ring after the call: the last M written tokens of each row's last segment."""
@@ -160,4 +183,4 @@ class Window(Attention):
     """Blocks of two windows; dense where masks leave holes, or where one block would hold the whole call."""
     if dense or q.shape[1] <= past:
       return super()._look(q, keys, values, see_BxM=see_BxM, segment_BxM=segment_BxM, past=past, dense=dense)
-    return attend_window(q, keys, values, window=past, see_key_BxM=see_BxM, segment_BxM=segment_BxM)
+    return attend_window(q, keys, values, window=past, see_key_BxM=see_BxM, segment_BxM=segment_BxM, always=self.always)

@@ -62,6 +62,7 @@ FULL = {
     'attention': AttentionConfig(heads=4, kv_heads=2),
     'attention-plain': AttentionConfig(heads=2, rotary=False, qk_norm=True, bias=True, out_bias=True),
     'window': WindowConfig(heads=2, window=3),
+    'window-persistent': WindowConfig(heads=2, window=3, persistent=2),
     'holographic': SMALL,
     'holographic-small-state': SMALL_STATE,
     'holographic-delta': holographic(keep=KeepConfig(kind='slot', erase='slot')),
@@ -84,6 +85,7 @@ QUICK = ('attention', 'window', 'holographic', 'holographic-seed', 'neural', 'ba
 
 # Scan, Step, Mask and Reach run on these, as slow tests.
 MORE = {
+    'attention-persistent': AttentionConfig(heads=4, kv_heads=2, qk_norm=True, persistent=3),
     'bipolar-before': holographic(binding=BindingConfig(kind='bipolar'), read=ReadConfig(order='before', norm='full', out_gate='silu')),
     'unitary-reads': holographic(binding=BindingConfig(kind='unitary'), reads=2, keep=KeepConfig(kind='static')),
     'hrr-fft-tied': holographic(binding=BindingConfig(kind='hrr', transform='fft', tie_query=True), reads=2,
