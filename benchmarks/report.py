@@ -12,7 +12,7 @@ import shlex
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from benchmarks import report_banks, report_figures, report_hosts, report_text
+from benchmarks import report_banks, report_figures, report_hosts, report_neural, report_text
 
 RESULTS = pathlib.Path(__file__).parent / 'results'
 DOCS = pathlib.Path(__file__).parent.parent / 'docs'
@@ -174,15 +174,26 @@ def adapters(result: dict[str, Any]) -> list[str]:
   return report_hosts.adapters(result, table, cell)
 
 
+def decode_host(result: dict[str, Any]) -> list[str]:
+  """Decoding with a pretrained host beside transformers."""
+  return report_hosts.decode_host(result, table, cell) + goals(result['targets'])
+
+
+def neural(result: dict[str, Any]) -> list[str]:
+  """A layer of neural memory."""
+  return report_neural.neural(result, table, cell) + goals(result['targets'])
+
+
 CAPTIONS = {**report_text.CAPTIONS, **report_banks.CAPTIONS, **report_hosts.CAPTIONS}
-ABOUT = {**report_text.ABOUT, **report_banks.ABOUT, **report_hosts.ABOUT}
-READINGS = {**report_text.READINGS, **report_banks.READINGS, **report_hosts.READINGS}
+ABOUT = {**report_text.ABOUT, **report_banks.ABOUT, **report_hosts.ABOUT, **report_neural.ABOUT}
+READINGS = {**report_text.READINGS, **report_banks.READINGS, **report_hosts.READINGS, **report_neural.READINGS}
 SECTIONS = (                                # title, benchmark, key that must hold something, body, figure
   ('Mixing', 'holographic', 'rows', mixing, 'mixing'), ('Whole layers', 'holographic', 'layers', layers, ''),
   ('Recall', 'recall', 'rows', recall, 'recall'), ('Decoding', 'decode', 'rows', decode, ''),
   ('Capacity', 'capacity', 'keyed', capacity, ''), ('Language modelling', 'language', 'rows', language, 'language'),
   ('Memory banks', 'banks', 'rows', banks, 'banks'), ('Routed attention', 'routed', 'example_shape', routed, ''),
   ('Adapters', 'adapters', 'runs', adapters, 'adapters'),
+  ('Pretrained decoding', 'decode_host', 'rows', decode_host, ''), ('Neural memory', 'neural_memory', 'rows', neural, ''),
   ('Resume', 'resume', 'kills', resume, ''))
 
 

@@ -5,6 +5,8 @@ ABOUT = {
   'Adapters': 'A pretrained host, frozen, with what is trained beside it (`benchmarks/adapters.py`): a memory bank after every fifth '
               'layer, LoRA on queries and values, or half of each. Perplexity a token on held-out text of the domain that was trained '
               'on, and of another one, where a rise would be forgetting. The rates of each row were chosen by validation.',
+  'Pretrained decoding': 'Greedy decoding with a pretrained host beside transformers in the same run, with the same weights, prompts and '
+                         'threads (`benchmarks/decode_host.py`). The floor is the time in which the weights can be read once.',
 }
 CAPTIONS = {'adapters': 'Perplexity of a pretrained host before and after training a memory, LoRA or both'}
 TITLES = {'host': 'host as it is', 'memory': 'memory bank', 'lora': 'LoRA', 'both': 'both, half of each'}
@@ -25,6 +27,16 @@ def adapters(result: dict[str, Any], table, cell) -> list[str]:
       'of the seeds': lambda r: seeds(r, 'target'), f'{other} test': lambda r: cell(r['other'], 4),
       'of the seeds ': lambda r: seeds(r, 'other'), 'tokens/s': 'tokens_per_second'}
   return [text, *table(result['rows'], columns)]
+
+
+def decode_host(result: dict[str, Any], table, cell) -> list[str]:
+  """A row each implementation, batch and prompt."""
+  versions = ', '.join(f'{name} {version}' for name, version in result['versions'].items())
+  text = (f'{result["model"]}, {result["dtype"]}: {result["weight_bytes"] / 1e6:.0f} MB of weights, read at '
+          f'{result["read_bytes_per_second"] / 1e9:.1f} GB/s in {result["floor_ms"]:.1f} ms a step at best. {versions}.')
+  return [text, *table(result['rows'], {
+      'prompt': 'prompt', 'batch': 'batch', 'row': 'row', 'prefill ms': 'prefill_ms', 'ms a step': 'ms_per_step',
+      'tokens/s': 'tokens_per_second', 'fastest': 'best', 'same tokens': lambda r: cell(r['same_tokens'])})]
 
 
 def draw(results: dict[str, dict[str, Any]], figure, preferred, style) -> bool:
