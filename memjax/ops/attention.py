@@ -8,7 +8,8 @@ BLOCK = 1024  # queries scored at once by the dense form, so that its logits sta
 Always = tuple[jax.Array, jax.Array] | None   # keys and values [G, N, K] that every query of every row sees
 
 
-def _attend(q_BxLxHxK: jax.Array, k_BxGxMxK: jax.Array, v_BxGxMxK: jax.Array, see_BxLxM: jax.Array, always: Always = None) -> jax.Array:
+def _attend(q_BxLxHxK: jax.Array, k_BxGxMxK: jax.Array, v_BxGxMxK: jax.Array, see_BxLxM: jax.Array, *,
+            always: Always = None) -> jax.Array:
   """Both products are plain batched ones, of rows [h L, K] and [M, K]: other orders make XLA turn the scores around in memory."""
   B, L, H, K = q_BxLxHxK.shape
   if always is not None:
@@ -37,11 +38,11 @@ def attend(q_BxLxHxK: jax.Array, k_BxGxMxK: jax.Array, v_BxGxMxK: jax.Array, *, 
   all see besides.
   """
   L = q_BxLxHxK.shape[1]
-  if L <= BLOCK: return _attend(q_BxLxHxK, k_BxGxMxK, v_BxGxMxK, see(0, L), always)
+  if L <= BLOCK: return _attend(q_BxLxHxK, k_BxGxMxK, v_BxGxMxK, see(0, L), always=always)
   blocks = -(-L // BLOCK)
   q = jnp.pad(q_BxLxHxK, ((0, 0), (0, blocks * BLOCK - L), (0, 0), (0, 0)))
   def block(start):
-    return _attend(jax.lax.dynamic_slice_in_dim(q, start, BLOCK, 1), k_BxGxMxK, v_BxGxMxK, see(start, BLOCK), always)
+    return _attend(jax.lax.dynamic_slice_in_dim(q, start, BLOCK, 1), k_BxGxMxK, v_BxGxMxK, see(start, BLOCK), always=always)
   y_NxBxCxHxK = jax.lax.map(jax.checkpoint(block), BLOCK * jnp.arange(blocks))
   return jnp.moveaxis(y_NxBxCxHxK, 0, 1).reshape(q.shape)[:, :L]
 
@@ -67,11 +68,11 @@ def attend_window(q_BxLxHxK: jax.Array, k_BxGxMxK: jax.Array, v_BxGxMxK: jax.Arr
   i, j = jnp.arange(W)[:, None], jnp.arange(2 * W)[None, :]
   near = (j <= i + W) & (j > i)
   see = near[None] & pairs(see_key_BxM)[:, None, :] & (pairs(segment_BxM)[:, None, :] == own)
-  return _attend(q, key_pairs(k_BxGxMxK), key_pairs(v_BxGxMxK), see, always).reshape(B, N * W, H, K)[:, :L]
+  return _attend(q, key_pairs(k_BxGxMxK), key_pairs(v_BxGxMxK), see, always=always).reshape(B, N * W, H, K)[:, :L]
 
 
 def attend_ring(q_BxHxK: jax.Array, k_BxGxMxK: jax.Array, v_BxGxMxK: jax.Array, count_B: jax.Array, *,
                 always: Always = None) -> jax.Array:
   """One query against a ring of M slots of which min(count, M) hold a token, and against `always`, [B, H, K]."""
   filled_BxM = jnp.arange(k_BxGxMxK.shape[2])[None] < count_B[:, None]
-  return _attend(q_BxHxK[:, None], k_BxGxMxK, v_BxGxMxK, filled_BxM[:, None], always)[:, 0]
+  return _attend(q_BxHxK[:, None], k_BxGxMxK, v_BxGxMxK, filled_BxM[:, None], always=always)[:, 0]
