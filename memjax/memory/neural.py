@@ -30,8 +30,8 @@ class Neural(NeuralStep):
     def by_steps(state): return self._by_steps(state, inputs, mask_BxL, **flow)
     def in_chunks(state):
       layout = self._layout(state, real_BxL, reset_BxL)
-      if layout.full.shape[1] >= L: return self._chunks(state, inputs, layout, (real_BxL, reset_BxL))[:2]     # a chunk for each token
-      return jax.lax.cond(layout.fits, lambda state: self._chunks(state, inputs, layout, (real_BxL, reset_BxL))[:2], by_steps, state)
+      if layout.full.shape[1] >= L: return self.chunks(state, inputs, layout, (real_BxL, reset_BxL))[:2]     # a chunk for each token
+      return jax.lax.cond(layout.fits, lambda state: self.chunks(state, inputs, layout, (real_BxL, reset_BxL))[:2], by_steps, state)
     if write_mask_BxL is None: return in_chunks(state)
     some = jnp.any(real_BxL & write_mask_BxL)
     later = jnp.any(reset_BxL & (jnp.cumsum(real_BxL, 1) > 1))
@@ -65,7 +65,7 @@ class Neural(NeuralStep):
     y_BxLxE = self._flat(self.read_pending(state, items.query))
     return state, jnp.where(real_BxL[..., None], y_BxLxE, 0)
 
-  def _chunks(self, state, inputs, layout: Layout, flow: tuple) -> tuple[NeuralState, jax.Array, Told]:
+  def chunks(self, state, inputs, layout: Layout, flow: tuple) -> tuple[NeuralState, jax.Array, Told]:
     """(state, y [B, L, E], what was told of each token [B, L, H]) by the scan over chunks."""
     real_BxL, reset_BxL = flow
     old, state = state, where_rows(layout.begins, jax.tree.map(jnp.zeros_like, state), state)
@@ -139,9 +139,9 @@ class Neural(NeuralStep):
   def mix(self, x_BxLxD, state, **context):
     """(y [B, L, E] before the readout, state, aux), as in the base class; aux tells of the state after the call."""
     y_BxLxE, new, aux = super().mix(x_BxLxD, state, **context)
-    return y_BxLxE, new, {**aux, **self._monitors(new)}
+    return y_BxLxE, new, {**aux, **self.monitors(new)}
 
-  def _monitors(self, state):
+  def monitors(self, state):
     """Running means of the inner loss, the gradient norm and the share clipped; |W - W_init| / |W_init|; without gradient."""
     mean = {name: state.running_BxHxY[..., n].mean() for n, name in enumerate(RUNNING)}
     total = jnp.maximum(mean['weight'], 1e-9)
@@ -166,7 +166,7 @@ class Neural(NeuralStep):
     real_BxL = jnp.ones((B, L), bool) if real_BxL is None else real_BxL
     resets = real_resets(reset_BxL, real_BxL)
     resets = jnp.zeros((B, L), bool) if resets is None else resets
-    told = self._chunks(state, inputs, self._layout(state, real_BxL, resets), (real_BxL, resets))[2]
+    told = self.chunks(state, inputs, self._layout(state, real_BxL, resets), (real_BxL, resets))[2]
     gate = {f'{name}_BxLxH': inputs.gate_BxLxGxH[:, :, n] for n, name in enumerate(self.parts.names[:-1])}
     return {**super().statistics(state, inputs, y_BxLxE), **gate, 'inner_loss_BxLxH': told.loss, 'surprise_BxLxH': told.norm,
             'kept_BxLxH': told.kept}
