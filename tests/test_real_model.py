@@ -18,6 +18,7 @@ from memjax.adapters.gguf import GgufFile
 from memjax.layers.tree import nbytes
 from memjax.runtime.host import open_host
 from memjax.runtime.sampling import Sampler, Sampling
+from memjax.runtime.talk import Conversation, Speaker
 from memjax.runtime.text import Writer
 
 NAME, SIZE = 'SmolLM2-135M-Instruct.Q4_1.gguf', 98_362_432
@@ -97,6 +98,16 @@ if MODEL:
   def test_a_plain_prompt(opened, sampler):
     row = write(opened, sampler, 'The three primary colors are', 16, is_chat=False)
     assert row.text.startswith(' the primary colors of the RGB color model: red, blue, and green.')
+
+  def test_a_conversation_goes_on_from_its_state(opened, sampler, monkeypatch):
+    lengths, extend = [], Sampler.extend
+    monkeypatch.setattr(Sampler, 'extend', lambda self, params, session, prompts: (
+        lengths.append((session.length, prompts[0].size)), extend(self, params, session, prompts))[1])
+    host = opened[0]
+    talk = Conversation(Speaker(host.params, host.tokenizer, host.ends, host.encode_messages), sampler, limit=host.context)
+    assert ''.join(talk.say('What is the capital of France?', 16)) == 'The capital of France is Paris.'
+    assert ''.join(talk.say('And of Italy?', 16)) == 'The capital of Italy is Rome.'
+    assert lengths[0] == (0, 37) and lengths[1][0] == 37 + 8 and lengths[1][1] < 20
 
 if MODEL and HAS_GPL:
   def window_nats(host):
