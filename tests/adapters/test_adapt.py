@@ -1,12 +1,14 @@
 """docs/adapt.md on a tiny host: what it shows runs, one step moves the memories alone, and the adapter loads onto a fresh host."""
 import re
+import shlex
+import shutil
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from memjax import train
+from memjax import evaluate, export, generate, train
 from memjax.adapters.graft import adapter_of, load_adapter, save_adapter, split_adapter
 from memjax.adapters.pretrained import load_pretrained
 from memjax.config.codec import read_config
@@ -102,9 +104,17 @@ def test_one_step_moves_the_memories_alone(host):
   jax.tree.map(np.testing.assert_array_equal, params, state.params)
 
 
+OTHERS = [line.split(maxsplit=3)[2:] for line in re.findall(r'^python -m memjax\..*$', PAGE, re.M) if '.train ' not in line]
+MODULES = {f'memjax.{module.__name__.rpartition(".")[2]}': module for module in (evaluate, export, generate)}
+
+
 @pytest.mark.slow
-def test_the_page_runs(host, monkeypatch):
+def test_the_page_runs(host, monkeypatch, capsys):
   workdir = run(host, 'frozen')
+  for name, rest in OTHERS:
+    given = [word.replace('HOST', str(host)) for word in shlex.split(re.sub(r'(^| )W(?=/| |$)', rf'\1{workdir}', rest))]
+    assert call(MODULES[name].main, flags=MODULES[name].FLAGS, argv=given, takes_config=False) == 0, (rest, capsys.readouterr().err)
+  assert len(OTHERS) == 6 and (workdir / 'merged' / 'model.safetensors').exists() and (workdir / 'memory').is_dir()
   found, _ = arrays(workdir)
   names = use(host, 'frozen', monkeypatch)
   for path, x in named(names['params']).items(): np.testing.assert_array_equal(x, found[path], err_msg=path)
@@ -123,5 +133,6 @@ def test_a_host_at_its_own_rate_moves_and_leaves_no_adapter(host):
 @pytest.mark.slow
 def test_a_host_that_is_not_that_of_the_config(host, tmp_path, capsys):
   other = write_folder(tmp_path / 'other', {**TREE, 'rms_norm_eps': 1e-3}, {'model.embed_tokens.weight': np.zeros((264, 32))})
+  shutil.copy(host / 'tokenizer.json', other)
   assert call(train.main, flags=train.FLAGS, argv=words(host, 'other', f'--config.training.host={other}')) == 2
   assert f'{other} is not the host of this config: they differ in block.norm_epsilon' in capsys.readouterr().err.splitlines()[-1]
