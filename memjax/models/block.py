@@ -7,7 +7,7 @@ from flax import linen as nn
 from flax import struct
 
 from memjax.config.banks import own_dropout
-from memjax.config.layout import BARE, GATE, MAG, mixer_names, stages, suffix_of
+from memjax.config.layout import BARE, GATE, MAC, MAG, stages, suffix_of
 from memjax.config.schema import ModelConfig
 from memjax.layers.linear import Linear, dropout
 from memjax.layers.lora import FLOAT, Lora
@@ -16,6 +16,7 @@ from memjax.layers.norm import RMSNorm, make_norm
 from memjax.memory.base import confidence, only_real
 from memjax.memory.registry import make_memory
 from memjax.models.fuse import Fuse
+from memjax.models.titans import Context
 
 
 @struct.dataclass
@@ -46,8 +47,17 @@ def compute_dtype(config: ModelConfig) -> Any:
 
 def empty_memories(config: ModelConfig, layer: str, batch: int, max_len: int) -> dict:
   """Zero states of the memories of one layer, by name."""
-  return {name: make_memory(config.mixers[name], config.width, dtype=compute_dtype(config), parent=None).init_state(batch, max_len)
-          for name in mixer_names(layer)}
+  def one(names, wiring):
+    if wiring == MAC: return Context(config, names, parent=None).init_state(batch)
+    return {name: make_memory(config.mixers[name], config.width, dtype=compute_dtype(config), parent=None).init_state(batch, max_len)
+            for name in names}
+  return {name: state for names, wiring in stages(layer) for name, state in one(names, wiring).items()}
+
+
+def make_stage(config: ModelConfig, names: tuple[str, ...], wiring: str, **options: Any) -> nn.Module:
+  """The module of one stage; `options` are name and parent."""
+  if wiring != MAC: return Mixers(config, names, wiring, **options)
+  return Context(config, names, *(settings(config, name) for name in names), **options)
 
 
 class Mixers(nn.Module):
@@ -121,7 +131,7 @@ class Layer(nn.Module):
     for number, (names, wiring) in enumerate(stages(self.layer)):
       suffix, own = suffix_of(number), fold(key, 16 + number) if number else key
       def mixers(x, *, names=names, wiring=wiring, suffix=suffix, own=own):
-        y, state, told = Mixers(c, names, wiring, name=f'mixers{suffix}')(
+        y, state, told = make_stage(c, names, wiring, name=f'mixers{suffix}')(
             x, states, flow, stream_BxLxD=entry_BxLxD, key=fold(own, 0), prepared=prepared or {}, collect=collect)
         new.update(state)
         aux.update(told)
