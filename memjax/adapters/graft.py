@@ -171,8 +171,12 @@ def _difference(one: ModelConfig, other: ModelConfig) -> str:
 
 def fingerprint(config: ModelConfig, params: Mapping[str, Any]) -> str:
   """A hash of a host: its config and some numbers of each of its arrays, which count in bfloat16, so that the type they
-  were loaded in does not. `params` are laid out as `config`, which has no memories."""
-  digest = hashlib.sha256(json.dumps(_facts(config), sort_keys=True).encode())
+  were loaded in does not. Fields at their default do not count, so that a new field leaves older files valid. `params` are laid out
+  as `config`, which has no memories."""
+  usual = {**to_json(ModelConfig()), 'mixers': {name: to_json(type(mixer)()) for name, mixer in config.mixers.items()}}
+  usual = {name: value for name, value in leaves(usual) if not name.endswith('.kind')}
+  facts = {name: value for name, value in _facts(config).items() if name not in usual or usual[name] != value}
+  digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
   for path, leaf in sorted(named(params).items(), key=lambda item: item[0]):
     size = int(np.prod(leaf.shape))
     at = np.unravel_index(np.arange(0, size, max(1, size // SAMPLES))[:SAMPLES], leaf.shape)

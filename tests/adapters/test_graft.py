@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from memjax.adapters import graft as graft_module
 from memjax.adapters.graft import (
   adapter_of,
   fingerprint,
@@ -226,6 +227,18 @@ def test_another_host_is_refused_in_one_line(saved, hosts):
   with pytest.raises(UserError, match='nothing is grafted'): save_adapter(str(folder), config, host)
   changed = dataclasses.replace(config, block=dataclasses.replace(config.block, lora=LoraConfig(rank=2)))
   with pytest.raises(UserError, match='strip or merge them first'): save_adapter(str(folder), changed, host)
+
+
+def test_fields_at_their_default_leave_the_fingerprint(hosts, monkeypatch):
+  """A file made before a field existed still belongs to its host."""
+  config, host = hosts('llama_plain')
+  now, facts = fingerprint(config, host), graft_module._facts
+  assert facts(config)['block.norm'] == 'rmsnorm' and facts(config)['mixers.attention.heads'] != 8
+  without = lambda *names: lambda config: {name: value for name, value in facts(config).items() if name not in names}
+  monkeypatch.setattr(graft_module, '_facts', without('block.norm', 'mixers.attention.qk_norm'))
+  assert fingerprint(config, host) == now
+  monkeypatch.setattr(graft_module, '_facts', without('mixers.attention.heads'))
+  assert fingerprint(config, host) != now
 
 
 def test_damaged_files_are_refused_in_one_line(saved, hosts, tmp_path):
