@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import report
-from memjax import analyze, evaluate, generate, train
+from memjax import analyze, evaluate, export, generate, train
 from memjax.config.banks import BankConfig, BankShapeConfig
 from memjax.config.errors import UserError
 from memjax.config.flags import call, parse
@@ -21,11 +21,11 @@ from tests.pieces import make_workdir, small_config, write_plays
 ROOT = Path(__file__).parent.parent
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
 PAGES = [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *sorted((ROOT / 'docs').rglob('*.md'))]
-COMMANDS = {'train': train, 'evaluate': evaluate, 'generate': generate, 'analyze': analyze}
+COMMANDS = {'train': train, 'evaluate': evaluate, 'generate': generate, 'analyze': analyze, 'export': export}
 SMALL = {
   'train': ('--config.training.steps=4', '--config.training.length=32', '--config.training.batch=2', '--config.evaluation.batches=1',
             '--config.evaluation.sample=0', '--config.mesh.data=1', '--config.data.source=path', '--nofigures'),
-  'generate': ('--max_new_tokens=8',), 'evaluate': (), 'analyze': ('--tokens=32', '--rows=2', '--nocost')}
+  'generate': ('--max_new_tokens=8',), 'evaluate': (), 'analyze': ('--tokens=32', '--rows=2', '--nocost'), 'export': ()}
 ROWS = {'cuDNN attention': 'attention', 'holographic mixing, elementwise binding': 'elementwise chunk',
         'holographic mixing, circular convolution (real DFT matmul)': 'convolution dft chunk'}
 
@@ -80,6 +80,10 @@ def test_commands_of_the_readme_run(name, words, trained, monkeypatch, capsys):
   monkeypatch.chdir(ROOT)
   words = [str(trained[0]) if word.startswith('runs/') else word for word in words]
   if '--quantize' in words: words[words.index('--workdir') + 1] = with_bank(trained[0].parent)
+  if name == 'export':                 # of the tiny host itself: runs that began with one are exported by tests/test_export.py
+    at = words.index('--workdir')
+    words[at:at + 2] = ['--model', write_case(trained[0].parent / 'm.gguf', 'llama_plain')]
+    words[words.index('--output') + 1] = str(trained[0].parent / 'merged')
   if 'MODEL.gguf' in words: words[words.index('MODEL.gguf')] = write_case(trained[0].parent / 'm.gguf', 'llama_plain')
   small = SMALL[name] if name != 'train' else ()
   assert call(COMMANDS[name].main, flags=COMMANDS[name].FLAGS, takes_config=name == 'train', argv=[*words, *small]) == 0
