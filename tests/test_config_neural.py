@@ -19,7 +19,7 @@ REFUSED = [
   (lambda: NeuralNetConfig(kind='linear', expansion=2), 'expansion applies to networks with an inner width, not to linear'),
   (lambda: NeuralNetConfig(kind='swiglu', activation='relu'), 'activation applies to mlp, gated, factorised and low_rank, not to swiglu'),
   (lambda: NeuralNetConfig(rank=3), 'rank applies to factorised and low_rank, not to mlp'),
-  (lambda: NeuralNetConfig(residual='off', gain='slow'), 'gain applies to the residual form, which is off'),
+  (lambda: NeuralNetConfig(residual='off', gain='fast'), 'gain applies to the residual form, which is off'),
   (lambda: NeuralNetConfig(kind='gated', bias=True), 'bias applies to linear and mlp, not to gated'),
   (lambda: NeuralRuleConfig(mode='exact', clip=1.0), "clip needs the gradient before the solve, which mode 'exact' does not have"),
   (lambda: NeuralRuleConfig(mode='exact', loss='huber'), "loss='huber' is not linear; mode 'exact' needs l2"),

@@ -24,7 +24,8 @@ class NeuralNetConfig:
   activation: str = option('silu', 'between the layers', choices=('silu', 'gelu', 'relu', 'tanh'))
   rank: int = option(16, 'of factorised and low_rank layers', low=1)
   residual: str = option('', "M(x) = x + (1 + gain) norm(net(x)); '' = on, unless the memory is one matrix", choices=('', 'on', 'off'))
-  gain: str = option('fast', 'whether the gain of that norm learns at test time', choices=('fast', 'slow'))
+  gain: str = option('slow', 'whether the gain of that norm learns at test time; fast ones diverge at a tenth of the usual step size',
+                     choices=('fast', 'slow'))
   bias: bool = option(False, 'fast biases: they shrink the stable step size many times')
   weight_norm: bool = option(False, 'rescale the columns of matrices at the end of a chunk to their norm at the start (mode block)')
   learn_init: bool = option(True, 'train the weights that every document starts from')

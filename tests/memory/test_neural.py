@@ -47,12 +47,13 @@ def test_reading_alone_leaves_the_state_bit_equal(memory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('mode', ['token', 'exact', 'block'])
+@pytest.mark.parametrize('mode', ['token', 'exact', 'block', 'muon'])
 def test_every_prefix_then_steps(mode):
   """A prompt of any length, then token by token, is one call: outputs and final state, ragged rows, in float64."""
   length = 4 * C + 3
   with jax.enable_x64():
-    config = dataclasses.replace(BASE, rule=NeuralRuleConfig(mode=mode), net=NeuralNetConfig(kind='linear' if mode == 'exact' else 'mlp'))
+    rule = NeuralRuleConfig(mode='block', momentum='muon') if mode == 'muon' else NeuralRuleConfig(mode=mode)
+    config = dataclasses.replace(BASE, rule=rule, net=NeuralNetConfig(kind='linear' if mode == 'exact' else 'mlp'))
     module = make_memory(config, D, dtype=jnp.float64)
     x = jax.random.normal(jax.random.key(1), (B, length, D), jnp.float64)
     position = jnp.broadcast_to(jnp.arange(length)[None], (B, length))

@@ -29,7 +29,7 @@ TABLE = [
     ({'net.kind': 'mlp'}, 'shape', LOW), ({'net.depth': 3}, 'shape', {}), ({'net.expansion': 2}, 'shape', {}),
     ({'net.rank': 3}, 'shape', LOW),
     *(({'net.activation': name}, 'output', GELU) for name in ('silu', 'relu', 'tanh')), (GELU, 'output', {}),
-    ({'net.residual': 'off'}, 'shape', {}), ({'net.residual': 'on'}, 'shape', MATRIX), ({'net.gain': 'slow'}, 'shape', {}),
+    ({'net.residual': 'off'}, 'shape', {}), ({'net.residual': 'on'}, 'shape', MATRIX), ({'net.gain': 'fast'}, 'shape', {}),
     ({'net.bias': True}, 'shape', {}), ({'net.learn_init': False}, 'grads', {}),
     ({'net.weight_norm': True}, 'output', BLOCK), ({'rule.momentum': 'muon'}, 'output', BLOCK), (BLOCK, 'output', {}),
     ({'rule.mode': 'exact'}, 'output', MATRIX),
