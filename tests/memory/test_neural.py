@@ -31,6 +31,7 @@ def memory():
   return module, params, jax.jit(lambda x, state, position, **flow: module.apply(params, x, state, position_BxL=position, **flow))
 
 
+@pytest.mark.slow
 def test_reading_alone_leaves_the_state_bit_equal(memory):
   """No token may write: all read the same memory, pending tokens included, as they would one by one."""
   module, _, call = memory
