@@ -4,7 +4,8 @@
   python -m memjax.evaluate --workdir runs/default --text letter.txt --context 128
 
 Every token is scored exactly once. The last line of stdout is one JSON object: loss (nats a token), perplexity,
-bits_per_byte, accuracy, tokens, bytes, split, step, config (its hash), and how the text was cut.
+bits_per_byte, accuracy, tokens, bytes, split, step, config (its hash), and how the text was cut. `--test_time frozen` and `off` score
+the text a second time, as usual, and add what the choice changed: difference, its loss, bits_per_byte and accuracy minus those of on.
 """
 import dataclasses
 import json
@@ -15,6 +16,8 @@ import sys
 from memjax.config.errors import UserError
 from memjax.config.flags import Flag, run
 
+CHOICES = ('on', 'frozen', 'off')
+COMPARED = ('loss', 'bits_per_byte', 'accuracy')
 FLAGS = (
     Flag('workdir', str, None, 'folder of the training run'),
     Flag('step', int, 0, 'checkpoint; 0 = the best, else the newest', low=0),
@@ -24,6 +27,9 @@ FLAGS = (
     Flag('text', str, '', 'UTF-8 file to score instead of a split'),
     Flag('context', int, -1, 'tokens of each row that only give context; -1 = that of the config', low=-1),
     Flag('stream', bool, '', 'carries the memory along the whole text; else as in the config (also --nostream)'),
+    Flag('test_time', str, 'on', "what memories that learn from the text do: 'on' = learn, each document from the start, as in training; "
+                                 "'frozen' = no token is written: all read the learned start of a neural memory, and other kinds empty; "
+                                 "'off' = what they read is replaced by zeros. Attention and banks are left alone", choices=CHOICES),
     Flag('length', int, 0, 'tokens a row; 0 = that of the config', low=0),
     Flag('batch', int, 0, 'rows; 0 = that of the config', low=0),
     Flag('output', str, '', 'JSON file for the result'),
@@ -56,8 +62,15 @@ def main(config, values) -> None:
   found = open_run(values['workdir'], values['step'], values['quantize'])
   tokens = read_tokens(found, values['split'], values['text'])
   cut = {'context': evaluation.context, 'stream': evaluation.stream, 'length': evaluation.length, 'batch': evaluation.batch}
-  totals = evaluate_tokens(found.model, found.params, eval_batches(tokens, **cut), stream=evaluation.stream)
-  result = {**scores(totals, tokens.bytes_per_token), 'bytes': tokens.bytes, 'split': tokens.split, 'step': found.step,
+  def score(test_time):
+    totals = evaluate_tokens(found.model, found.params, eval_batches(tokens, **cut), stream=evaluation.stream, test_time=test_time)
+    return scores(totals, tokens.bytes_per_token)
+  result = score(values['test_time'])
+  told = {'test_time': values['test_time']}
+  if values['test_time'] != 'on':
+    usual = score('on')
+    told['difference'] = {name: result[name] - usual[name] for name in COMPARED}
+  result = {**result, **told, 'bytes': tokens.bytes, 'split': tokens.split, 'step': found.step,
             'config': found.name, 'name': found.config.name, 'corpus': tokens.name,
             'token': UNITS.get(found.tokenizer.name, 'subword'), 'workdir': found.workdir, **cut, **run_tags(found.model.config),
             **({'quantize': values['quantize']} if values['quantize'] else {})}

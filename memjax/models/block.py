@@ -28,6 +28,14 @@ class Flow:
   reset_BxL: jax.Array | None = None
   token_BxL: jax.Array | None = None
   banks: Any = None                    # the tables that layers share, by name
+  frozen: tuple[str, ...] = struct.field(default=(), pytree_node=False)      # mixers into which no token writes
+  silent: tuple[str, ...] = struct.field(default=(), pytree_node=False)      # mixers whose read is replaced by zeros
+
+  def told(self, name: str) -> dict[str, Any]:
+    """The keywords of one mixer."""
+    write_mask_BxL = jnp.zeros(self.position_BxL.shape, bool) if name in self.frozen else self.write_mask_BxL
+    return dict(position_BxL=self.position_BxL, mask_BxL=self.mask_BxL, write_mask_BxL=write_mask_BxL, reset_BxL=self.reset_BxL,
+                token_BxL=self.token_BxL, banks=self.banks)
 
 
 def settings(config: ModelConfig, name: str = '', *, above: str = '') -> Lora:
@@ -77,11 +85,13 @@ class Mixers(nn.Module):
     """(y [B, L, D], states, {name: aux}) of x; `stream_BxLxD` is the residual stream at the entry of the layer."""
     c, dtype, names = self.config, compute_dtype(self.config), self.names
     x_BxLxD, out, new, aux = only_real(x_BxLxD, flow.mask_BxL), [], {}, {}
-    given = {**vars(flow), 'stream_BxLxD': only_real(stream_BxLxD, flow.mask_BxL), 'collect': collect}
+    given = {'stream_BxLxD': only_real(stream_BxLxD, flow.mask_BxL), 'collect': collect}
     for number, name in enumerate(names):
       memory = make_memory(c.mixers[name], c.width, dtype=dtype, std=c.block.init_std, out_std=c.block.mixer_out_std,
                            grafted=name in c.grafted and not (number and self.wiring == MAG), lora=settings(c, name), name=name)
-      y_BxLxE, new[name], aux[name] = memory.mix(x_BxLxD, states[name], key=fold(key, number), prepared=prepared.get(name), **given)
+      y_BxLxE, new[name], aux[name] = memory.mix(x_BxLxD, states[name], key=fold(key, number), prepared=prepared.get(name),
+                                                **flow.told(name), **given)
+      if name in flow.silent: y_BxLxE = jnp.zeros_like(y_BxLxE)
       if self.wiring == MAG: out.append((memory, y_BxLxE))
       else: out.append((memory.readout(x_BxLxD, y_BxLxE), y_BxLxE))
     if self.wiring == MAG: return self._fused(x_BxLxD, *out), new, aux

@@ -60,13 +60,13 @@ class Decoder(nn.Module):
   @nn.compact
   def __call__(self, token_BxL: jax.Array, state: dict, *, position_BxL: jax.Array, mask_BxL: jax.Array | None = None,
                write_mask_BxL: jax.Array | None = None, reset_BxL: jax.Array | None = None, key: jax.Array | None = None,
-               prepared: dict | None = None, collect: bool = False, remat: bool = False,
-               last: bool = False) -> tuple[jax.Array, dict, dict]:
+               prepared: dict | None = None, collect: bool = False, remat: bool = False, last: bool = False,
+               frozen: tuple[str, ...] = (), silent: tuple[str, ...] = ()) -> tuple[jax.Array, dict, dict]:
     """(logits [B, L, A] in float32 at least, state, aux).
 
     A document starts where `position_BxL` is 0 (or where `reset_BxL` says). `key` switches dropout and replay on.
     `prepared` is what `prepare_memories` gave for these parameters, None = computed in this call. `last`: logits [B, 1, A] of
-    the last token alone.
+    the last token alone. `frozen` names mixers into which no token writes, `silent` those whose read is replaced by zeros.
     aux: float32 scalars averaged over the memories that report them, 'penalty' among them; 'load', the use of chapters by
     layer, where a selection bias asks for it; with `collect` also 'layers'.
     """
@@ -77,7 +77,7 @@ class Decoder(nn.Module):
       x_BxLxD += PositionTable(c.embedding.max_position, c.width, c.embedding.std, dtype, name='position')(position_BxL)
     x_BxLxD = nn.with_logical_constraint(dropout(x_BxLxD, c.block.dropout, fold(key, 0)), ('batch', None, None))
     banks = {name: make_table(c.mixers[mixer], c.width, name=f'bank_{name}')() for name, mixer in shared_tables(c).items()}
-    flow = Flow(position_BxL, mask_BxL, write_mask_BxL, reset_BxL, token_BxL, banks)
+    flow = Flow(position_BxL, mask_BxL, write_mask_BxL, reset_BxL, token_BxL, banks, frozen, silent)
     new, aux = {}, {}
     for number, part in enumerate(stacks(c)):
       x_BxLxD, (new[part], aux[part]) = self._stack(part, remat, collect)(

@@ -12,7 +12,7 @@ from memjax.ops.neural_scan import group_size
 @struct.dataclass
 class ContextTokens:
   """Tokens of one segment: queries, keys and values of attention, queries to the memory, positions; which exist, which write; does a
-  document start with them."""
+  document start with them; does the memory stay as it is, is what it reads replaced by zeros."""
   query_BxTxHxK: jax.Array
   key_BxTxGxK: jax.Array
   value_BxTxGxK: jax.Array
@@ -21,6 +21,8 @@ class ContextTokens:
   real_BxT: jax.Array
   written_BxT: jax.Array
   fresh_B: jax.Array
+  frozen: bool = struct.field(default=False, pytree_node=False)
+  silent: bool = struct.field(default=False, pytree_node=False)
 
 
 def put(ring_BxGxSxK: jax.Array, new_BxTxGxK: jax.Array, place_BxT: jax.Array, written_BxT: jax.Array) -> jax.Array:

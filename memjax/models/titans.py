@@ -140,7 +140,7 @@ class Context(nn.Module):
     if not self.config.block.titans.learned:
       recall, tail = self.recall.queries(x_BxLxD, tail, written_BxL=written_BxL, reset_BxL=reset_BxL)
     tokens = ContextTokens(inputs.q_BxLxHxK, inputs.k_BxLxGxK, inputs.v_BxLxGxK, recall, flow.position_BxL, real_BxL, written_BxL,
-                           reset_BxL)
+                           reset_BxL, second in flow.frozen, second in flow.silent)
     (own, memory), (y_BxLxD, read_BxLxE, gate) = self._run((states[first], states[second]), tokens)
     z_BxLxD = self.norm(y_BxLxD)
     out_BxLxD = self.attention.readout(x_BxLxD, self.fuse(x_BxLxD, z_BxLxD, self.memory.readout(z_BxLxD, read_BxLxE)))
@@ -172,8 +172,10 @@ class Context(nn.Module):
       return module.apply(variables, carry, tokens, method='segment', rngs=rngs)
     def by_segments(carry): return scan_segments(body, carry, tokens, layout=layout, group=options.group)
     def by_steps(carry): return scan_tokens(body, carry, tokens)
-    if self.form == 'paper' or layout.full.shape[1] >= L: return by_segments(carry)
-    return jax.lax.cond(layout.fits & jnp.all(tokens.written_BxT == tokens.real_BxT), by_segments, by_steps, carry)
+    all_write = tokens.written_BxT is tokens.real_BxT
+    if self.form == 'paper' or (all_write and layout.full.shape[1] >= L): return by_segments(carry)
+    can = layout.fits if all_write else layout.fits & jnp.all(tokens.written_BxT == tokens.real_BxT)
+    return jax.lax.cond(can, by_segments, by_steps, carry)
 
   def segment(self, carry: tuple, tokens: ContextTokens) -> tuple:
     """((state of attention, of memory), (y [B, T, E], read, gates)) of the tokens of one segment in their slots, or of one token."""
@@ -184,6 +186,7 @@ class Context(nn.Module):
     learned = self.config.block.titans.learned
     query = self.recall.constants(B) if learned else tokens.recall_BxTxHxK
     h_BxTxD = self.recall.vectors(self.memory.read_anchor(start, query))
+    if tokens.silent: h_BxTxD = jnp.zeros_like(h_BxTxD)
     recalled = self.attention.keys(h_BxTxD, jnp.zeros((B, learned), jnp.int32) if learned else tokens.position_BxT)
     S, lookback = self.size, self.config.block.titans.lookback
     before = jnp.split(own.token[0], [S * lookback], 2)[0], jnp.split(own.token[1], [S * lookback], 2)[0]
@@ -199,6 +202,7 @@ class Context(nn.Module):
     y = attend(tokens.query_BxTxHxK, keys, values, see=lambda at, size: cut_rows(see, at, size), always=self.attention.always)
     y_BxTxE = jnp.where(tokens.real_BxT[..., None], y.reshape(B, T, -1), 0)
     memory, read_BxTxE, gate = self._learn(memory, self.norm(y_BxTxE), tokens, start)
+    if tokens.silent: read_BxTxE = jnp.zeros_like(read_BxTxE)
     return (self._moved(own, memory, slot_B, before=before, token=token, recalled=recalled), memory), (y_BxTxE, read_BxTxE, gate)
 
   def _start(self, own: ContextState, memory: Any) -> Any:
@@ -220,6 +224,10 @@ class Context(nn.Module):
     """(state of the memory after writing z, what its queries read, gates)."""
     inputs = self.memory.project(z_BxTxD, tokens.position_BxT)
     none = jnp.zeros_like(tokens.real_BxT)
+    if tokens.frozen:
+      query = self.memory.projections.items(inputs, memory.tail, written_BxL=none)[0].query
+      read = self.memory.read_pending(memory, query).reshape(*none.shape, -1)
+      return memory, jnp.where(tokens.real_BxT[..., None], read, 0).astype(self.memory.dtype), inputs.gate_BxLxGxH
     if z_BxTxD.shape[1] == 1:
       first = jax.tree.map(lambda a: a[:, 0], inputs)
       new, read = self.memory.step(memory, first, tokens.real_BxT[:, 0], write_mask_B=tokens.written_BxT[:, 0])

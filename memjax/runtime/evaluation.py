@@ -13,20 +13,23 @@ from memjax.data.tokens import Tokens
 from memjax.runtime import sharding
 from memjax.runtime.losses import Totals, scores, token_losses
 from memjax.runtime.state import check_carry
+from memjax.runtime.test_time import held
 
 PENDING = 8                            # batches whose totals may wait on the device
 
 
-def make_evaluator(model: Any, *, stream: bool = False, mesh: Mesh | None = None) -> Callable:
+def make_evaluator(model: Any, *, stream: bool = False, mesh: Mesh | None = None, test_time: str = 'on') -> Callable:
   """evaluate(params, batches) -> Totals on the host, compiled once for all its calls.
 
   Without `stream` every row starts with an empty memory; with it row b of a batch continues row b of the one before.
-  Raises UserError if a streamed model holds full attention.
+  `test_time` is one of those of `runtime/test_time`. Raises UserError if a streamed model holds full attention, or nothing learns
+  that could be held.
   """
+  kept = held(model.config, test_time)
   if stream: check_carry(model.config, 'evaluation.stream')
   def call(params, memory, batch):
     logits_BxLxA, memory, _ = model.apply({'params': params}, batch['token'], memory, position_BxL=batch['position'],
-                                          mask_BxL=batch['mask'])
+                                          mask_BxL=batch['mask'], **kept)
     return token_losses(logits_BxLxA, batch['target'], batch['weight']), memory
   alone = jax.jit(lambda params, batch: call(params, model.init_state(batch['token'].shape[0]), batch)[0])
   carried = jax.jit(call, donate_argnums=1)
@@ -52,9 +55,9 @@ def _add(total: Totals, part: Totals) -> Totals:
 
 
 def evaluate_tokens(model: Any, params: Any, batches: Iterable[dict], *, stream: bool = False,
-                    mesh: Mesh | None = None) -> Totals:
+                    mesh: Mesh | None = None, test_time: str = 'on') -> Totals:
   """Totals of `batches`; keep `make_evaluator`'s result instead to evaluate more than once."""
-  return make_evaluator(model, stream=stream, mesh=mesh)(params, batches)
+  return make_evaluator(model, stream=stream, mesh=mesh, test_time=test_time)(params, batches)
 
 
 def make_scorer(model: Any, config: Config, mesh: Mesh | None = None) -> Callable[..., dict[str, float]]:
