@@ -41,6 +41,8 @@ FLAGS = (
     Flag('min_p', float, 0.0, 'draw from tokens at least this share as likely as the likeliest; 0 = off', low=0.0, high=1.0),
     Flag('seed', int, 0, 'of the draws', low=0, high=2 ** 32 - 1),
     Flag('stop', str, doc='text that ends a continuation (and is left out)', repeated=True),
+    Flag('state', str, '', 'file of --keep_state: the prompt goes on where that text ended, with all that its memories hold'),
+    Flag('keep_state', str, '', 'file for the state of the memories after the text; for models whose state does not grow with it'),
     Flag('output', str, '', 'JSON file for prompts, texts and settings'),
 )
 
@@ -53,12 +55,12 @@ def read_prompts(prompts: Sequence[str], file: str) -> list[str]:
   return prompts
 
 
-def check_output(path: str) -> None:
+def check_output(path: str, flag: str = '--output') -> None:
   """Raises UserError if a file cannot be put there, before anything is computed for it."""
   folder = os.path.dirname(os.path.abspath(path))
-  if path and os.path.isdir(path): raise UserError(f'--output {path} is a folder')
+  if path and os.path.isdir(path): raise UserError(f'{flag} {path} is a folder')
   if path and not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
-    raise UserError(f'--output {path}: {folder} is not a folder that can be written to')
+    raise UserError(f'{flag} {path}: {folder} is not a folder that can be written to')
 
 
 def ends_of(tokenizer) -> tuple[int, ...]:
@@ -71,6 +73,10 @@ def check_choice(values: dict) -> None:
   if bool(values['workdir']) == bool(values['model']):
     raise UserError('give either --workdir, the folder of a training run, or --model, a GGUF file or a folder of a checkpoint')
   if values['workdir'] and values['adapter']: raise UserError('--adapter goes with --model, not with --workdir')
+  if values['state'] or values['keep_state']:
+    if values['chat'] or len(values['prompt']) + bool(values['prompt_file']) > 1:
+      raise UserError('--state and --keep_state are for one prompt, without --chat')
+    if values['stop'] and values['keep_state']: raise UserError('--keep_state does not go with --stop: more was read than the text shows')
   if values['system'] and not values['chat']: raise UserError('--system goes with --chat')
   if values['model'] and values['step']: raise UserError('--step goes with --workdir, not with --model')
 
@@ -118,13 +124,18 @@ def open_speaker(values: dict, found):
 
 
 def open_writer(values: dict, found, sampler):
-  """The Writer of a Run or a Host."""
+  """The Writer of a Run or a Host; with a saved memory, or for one, the Resumed."""
   from memjax.runtime.text import Writer
   if values['chat']:
     speaker, system = open_speaker(values, found), opening(values['system'])
     ends, enter = speaker.ends, lambda prompt: speaker.encode([*system, {'role': 'user', 'content': prompt}])
   else: ends, enter = (ends_of(found.tokenizer), None) if values['workdir'] else (found.ends, found.encode)
-  return Writer(sampler, found.params, found.tokenizer, stops=values['stop'], ends=ends, enter=enter, limit=limit_of(values, found))
+  is_resumed = values['state'] or values['keep_state']
+  ends = ends or ((-1,) if is_resumed else ())         # without any, drawing still stops at the token that was asked for
+  writer = Writer(sampler, found.params, found.tokenizer, stops=values['stop'], ends=ends, enter=enter, limit=limit_of(values, found))
+  if not is_resumed: return writer
+  from memjax.runtime.memory_state import Resumed
+  return Resumed(writer, values['state'])
 
 
 def opening(system: str) -> list[dict]:
@@ -178,6 +189,7 @@ def main(config, values) -> None:
   check_choice(values)
   from memjax.runtime.sampling import Sampler, Sampling
   check_output(values['output'])
+  check_output(values['keep_state'], '--keep_state')
   sampling = Sampling(**{name: values[name] for name in ('temperature', 'top_k', 'top_p', 'min_p', 'seed')})
   talks = values['chat'] and not values['prompt'] and not values['prompt_file']
   prompts = [] if talks else read_prompts(values['prompt'], values['prompt_file'])
@@ -192,6 +204,7 @@ def main(config, values) -> None:
   else:
     writer = open_writer(values, found, Sampler(model, sampling))
     rows = stream(writer, prompts, values['max_new_tokens'], is_chat=values['chat'])
+    if values['keep_state']: writer.keep(values['keep_state'])
     report['continuations'] = [dataclasses.asdict(row) for row in rows]
   if not values['output']: return
   report = {**source, **dataclasses.asdict(sampling), 'max_new_tokens': values['max_new_tokens'], 'stop': list(values['stop']),
