@@ -195,7 +195,7 @@ class Context(nn.Module):
     put_all = lambda rings, new: tuple(put(ring, one, place_BxT, tokens.written_BxT) for ring, one in zip(rings, new, strict=True))
     token = put_all((ring[:, :, S * lookback:] for ring in own.token), given)
     recalled = tuple(jnp.swapaxes(a, 1, 2) for a in recalled) if learned else put_all(own.recalled, recalled)
-    slot_B = own.slot_B + tokens.written_BxT.sum(1)
+    slot_B = own.slot_B + tokens.written_BxT.sum(1, dtype=own.slot_B.dtype)
     see = self._sees(own, place_BxT, slot_B)
     keys, values = (jnp.concatenate([a.astype(self.memory.state_dtype) for a in parts], 2)
                     for parts in zip(before, recalled, token, strict=True))

@@ -23,6 +23,7 @@ CONFIGS = FOLDER.parent.parent / 'configs'
 STEPS, TOKENS, PROMPT = 3, 16, 'ROMEO:'
 ROWS = ('training.batch=2', 'training.length=64')
 SMALL = (*ROWS, 'model.width=32', 'model.hidden=48', 'model.repeats=1')
+NEURAL = ('model.mixers.near.heads=4', 'model.mixers.mem.heads=4')
 FAST = lambda *groups: tuple(f'optimizer.groups.{group}.{field}' for group in groups for field in ('rate=1e-2', 'warmup=2'))
 PLAIN = (*SMALL, 'model.mixers.attention.heads=4', 'model.vocabulary=256', 'model.dtype=float32', 'training.accumulate=1',
          'data.tokenizer.kind=bytes', 'data.tokenizer.size=0', *FAST('base'))
@@ -45,6 +46,11 @@ OVERRIDES = {
     'adapter_qwen2p5_1p5b': (*HOSTED, *READ, 'model.dtype=float32', 'model.prefix=attention,memory:bare', 'model.suffix='),
     'lora_only': (*HOSTED, *FAST('lora')),
     'memory_lora_combined': (*HOSTED, *READ, *FAST('lora')),
+    'titans_tiny': ROWS,
+    'titans_linear_exact': (*SMALL, 'evaluation.length=512'),
+    **{f'titans_{kind}_170m': (*SMALL, *NEURAL, 'model.vocabulary=256', 'model.dtype=float32', 'training.accumulate=1', *FAST('main'),
+                               'data.tokenizer.kind=bytes', 'data.tokenizer.size=0', 'model.mixers.near.window=32',
+                               'model.mixers.mem.chunk=16') for kind in ('mac', 'mag', 'mal')},
     'wikitext2': (*SMALL, 'data.source=shakespeare', 'data.hub=', 'data.separator=\n\n\n', 'data.tokenizer.kind=bytes'),
 }
 
