@@ -160,13 +160,18 @@ class Neural(NeuralStep):
     return {**super().aux(state, inputs, y_BxLxE), **{name: mean_G[n] for n, name in enumerate(self.parts.names[:-1])}}
 
   def statistics(self, state, inputs, y_BxLxE, *, mask_BxL=None, write_mask_BxL=None, reset_BxL=None, **context):
-    """Gates, inner loss and surprise of each token, for the figures."""
+    """Gates, inner loss and surprise of each token; cosine of its value, and of that of a token half the text away, with what its key
+    recalls after the call, for the figures."""
     B, L = y_BxLxE.shape[:2]
     real_BxL = both(mask_BxL, write_mask_BxL)
     real_BxL = jnp.ones((B, L), bool) if real_BxL is None else real_BxL
     resets = real_resets(reset_BxL, real_BxL)
     resets = jnp.zeros((B, L), bool) if resets is None else resets
-    told = self.chunks(state, inputs, self._layout(state, real_BxL, resets), (real_BxL, resets))[2]
+    new, _, told = self.chunks(state, inputs, self._layout(state, real_BxL, resets), (real_BxL, resets))
+    items, _ = self.projections.items(inputs, state.tail, written_BxL=real_BxL, reset_BxL=resets)
+    unit = lambda a: a.astype(jnp.float32) / jnp.maximum(jnp.linalg.norm(a.astype(jnp.float32), axis=-1, keepdims=True), 1e-12)
+    value, recalled = unit(items.value), unit(self.read_pending(new, items.key))
+    cosine = lambda value: jnp.sum(recalled * value, -1).mean(-1)
     gate = {f'{name}_BxLxH': inputs.gate_BxLxGxH[:, :, n] for n, name in enumerate(self.parts.names[:-1])}
     return {**super().statistics(state, inputs, y_BxLxE), **gate, 'inner_loss_BxLxH': told.loss, 'surprise_BxLxH': told.norm,
-            'kept_BxLxH': told.kept}
+            'kept_BxLxH': told.kept, 'recall_BxL': cosine(value), 'control_BxL': cosine(jnp.roll(value, L // 2, 1))}

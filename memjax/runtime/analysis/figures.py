@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from memjax.runtime.analysis import bank_figures, lines, text
+from memjax.runtime.analysis import bank_figures, learning_figures, lines, text
 from memjax.runtime.analysis.lines import addressed, slotted, title_of
 
 STYLE = {'font.size': 10, 'axes.titlesize': 11, 'axes.titleweight': 'bold', 'axes.titlelocation': 'left',
@@ -138,6 +138,11 @@ BANK_FIGURES = {
                                _unless(lambda r: r['banks']['similarity'], NO_CHAPTERS)),
 }
 
+NEURAL_FIGURES = {
+    'surprise': Kind(learning_figures.draw_surprise, lambda r: learning_figures.size_of(r, 2), lambda r: ''),
+    'learning': Kind(learning_figures.draw_learning, lambda r: learning_figures.size_of(r, 3), lambda r: ''),
+}
+
 
 def has_plot() -> bool:
   """Whether matplotlib can be imported."""
@@ -149,14 +154,16 @@ def has_plot() -> bool:
 
 
 def draw(report: dict, folder: pathlib.Path) -> tuple[dict[str, str], dict[str, str]]:
-  """({figure: file}, {figure left out: reason}); the files are PNG in the folder. Figures of banks are for models with banks."""
+  """({figure: file}, {figure left out: reason}); the files are PNG in the folder. Figures of banks are for models with
+  banks, those of learning for models with neural memories."""
   from cycler import cycler
   from matplotlib import rc_context
   from matplotlib.figure import Figure
   drawn, skipped = {}, {}
+  kinds = FIGURES | (BANK_FIGURES if report['banks'] else {}) | (NEURAL_FIGURES if learning_figures.learning(report) else {})
   with rc_context({**STYLE, 'axes.prop_cycle': cycler(color=lines.COLOURS)}), warnings.catch_warnings():
     warnings.filterwarnings('ignore', 'Glyph .* missing')          # a box stands for what the font lacks
-    for name, kind in (FIGURES | (BANK_FIGURES if report['banks'] else {})).items():
+    for name, kind in kinds.items():
       if reason := kind.reason(report):
         skipped[name] = reason
         continue

@@ -136,6 +136,18 @@ def draw_capacity(figure: Any, report: dict) -> None:
   figure.suptitle('Capacity: how many pairs a memory holds', x=0.01, ha='left', fontweight='bold')
 
 
+def draw_replay(axes: Any, replay: dict) -> None:
+  """Cosine of what is recalled for a key with its value, by delay."""
+  delay = np.asarray(replay['delay']) + 1
+  axes.plot(delay, replay['cosine'], 'o-', color=GREEN, markersize=4, label='its own value')
+  axes.plot(delay, replay['control'], '--', color=GREY, linewidth=1.2, label="another token's value")
+  axes.set(xscale='log', ylim=(min(0, *replay['cosine'], *replay['control']) - 0.03, 1.03), xlabel='tokens since it was written')
+  ticks = [4 ** n for n in range(8) if 4 ** n <= delay[-1]]
+  axes.set_xticks(ticks, [f'{n:,}' for n in ticks])
+  axes.minorticks_off()
+  axes.grid()
+
+
 def draw_memory_over_time(figure: Any, report: dict) -> None:
   """Norm of each slot while a text is read, and how well its items are recalled after a delay."""
   layers = slotted(report)[:4]
@@ -150,14 +162,7 @@ def draw_memory_over_time(figure: Any, report: dict) -> None:
     above.set(title=title_of(layer), xlabel='tokens read', ylim=(0, None), xlim=(0, None))
     above.grid(axis='y')
     if 'replay' in layer:
-      replay, delay = layer['replay'], np.asarray(layer['replay']['delay']) + 1
-      below.plot(delay, replay['cosine'], 'o-', color=GREEN, markersize=4, label='its own value')
-      below.plot(delay, replay['control'], '--', color=GREY, linewidth=1.2, label="another token's value")
-      below.set(xscale='log', ylim=(min(0, *replay['cosine'], *replay['control']) - 0.03, 1.03), xlabel='tokens since it was written')
-      ticks = [4 ** n for n in range(8) if 4 ** n <= delay[-1]]
-      below.set_xticks(ticks, [f'{n:,}' for n in ticks])
-      below.minorticks_off()
-      below.grid()
+      draw_replay(below, layer['replay'])
     else:
       below.axis('off')
       below.text(0.5, 0.5, 'no replay: this memory\nreports no addresses', ha='center', va='center', color=GREY, transform=below.transAxes)

@@ -14,6 +14,7 @@ from memjax.data.tokens import Tokens
 from memjax.ops.binding import unbind
 from memjax.ops.holographic import effective_slots
 from memjax.runtime.analysis.banks import report_banks
+from memjax.runtime.analysis.learning import learning_of, most_documents, roomy, start_of, weight_change
 from memjax.runtime.analysis.plain import round_list
 from memjax.runtime.reading import Run, run_tags
 
@@ -65,11 +66,12 @@ def observe(found: Run, tokens: Tokens, *, rows: int, length: int) -> tuple[dict
   length = min(length, max(len(tokens) // rows, 2)) if is_text else found.config.training.length
   batch = next(eval_batches(tokens, batch=rows, length=length, stream=is_text))
   places = list_places(found.model.config)
+  found = found._replace(model=roomy(found.model, most_documents(batch['position'])))
   call = functools.partial(_call, found.model)
   in_pieces = not run_tags(found.model.config)
   logits_BxLxA, states, aux = jax.jit(functools.partial(call, collect=True))(
       found.params, found.model.init_state(rows, length if in_pieces else 0), batch)
-  at, norms = watch(jax.jit(call), found, batch, places) if in_pieces else ([], {})
+  at, norms, changes = watch(jax.jit(call), found, batch, places) if in_pieces else ([], {}, {})
   layers, arrays, statistics = [], {}, {place.label: place.statistics_of(aux['layers']) for place in places}
   for place in places:
     seen = statistics[place.label]
@@ -80,6 +82,9 @@ def observe(found: Run, tokens: Tokens, *, rows: int, length: int) -> tuple[dict
       arrays[place.label] = {name: seen[name] for name in ('key_BxLxHxK', 'value_BxLxHxK', 'address_BxLxHxS')}
       layer['replay'] = replay(found.model.config.mixers[place.mixer].binding.kind, arrays[place.label],
                                place.state_of(states).m_BxHxSxK, batch['position'])
+    if place.label in changes:
+      layer['learning'] = learning_of(seen, batch['mask'], changes[place.label], at)
+      layer['replay'] = by_delay(seen['recall_BxL'], seen['control_BxL'], batch['position'])
     layers.append(layer)
   report = {'rows': rows, 'length': length, 'corpus': tokens.name, 'split': tokens.split, 'in_pieces': in_pieces, 'layers': layers,
             'banks': report_banks(found, places, statistics, int(batch['mask'].sum())),
@@ -92,18 +97,21 @@ def _call(model, params, state, batch, *, collect=False):
                      collect=collect)
 
 
-def watch(call: Any, found: Run, batch: dict, places: list[Place]) -> tuple[list[int], dict[str, np.ndarray]]:
-  """(numbers of tokens read, {label: norms of the slots then [T, B, H, S]}): the text in about MOMENTS pieces."""
+def watch(call: Any, found: Run, batch: dict, places: list[Place]) -> tuple[list[int], dict[str, np.ndarray], dict[str, np.ndarray]]:
+  """(numbers of tokens read, {label: norms of the slots then [T, B, H, S]}, {label: changes of the weights then [T, B, H]}): the text
+  in about MOMENTS pieces."""
   rows, length = batch['token'].shape
   step = max(1, length // MOMENTS)
-  state, at, norms = found.model.init_state(rows, length), [], {}
+  state, at, norms, changes = found.model.init_state(rows, length), [], {}, {}
+  starts = {place.label: start_of(found, place) for place in places}
   for cut in range(0, length - length % step, step):
     _, state, _ = call(found.params, state, {name: a[:, cut:cut + step] for name, a in batch.items()})
     at.append(cut + step)
     for place in places:
       norm = slot_norms(place.state_of(state))
       if norm is not None: norms.setdefault(place.label, []).append(np.asarray(norm))
-  return at, {label: np.stack(series) for label, series in norms.items()}
+      if start := starts[place.label]: changes.setdefault(place.label, []).append(weight_change(place.state_of(state), start))
+  return at, *({label: np.stack(series) for label, series in found.items()} for found in (norms, changes))
 
 
 def quantiles(x: np.ndarray) -> list[float]:
@@ -156,6 +164,11 @@ def replay(kind: str, arrays: dict[str, np.ndarray], m_BxHxSxK: Any, position_Bx
   Delays, in tokens, are the means of bins that grow by a third; 'control' compares with another token's value.
   """
   cosine_BxL, control_BxL = (np.asarray(a) for a in replay_cosines(m_BxHxSxK, kind=kind, **arrays))
+  return by_delay(cosine_BxL, control_BxL, position_BxL)
+
+
+def by_delay(cosine_BxL: np.ndarray, control_BxL: np.ndarray, position_BxL: np.ndarray) -> dict[str, list]:
+  """{'delay', 'cosine', 'control'}: means over the tokens of each row's last document in bins of their delay."""
   length = cosine_BxL.shape[1]
   start_B = np.array([np.flatnonzero(row == 0)[-1] if (row == 0).any() else 0 for row in position_BxL])
   delay_L, own_BxL = length - 1 - np.arange(length), np.arange(length)[None] >= start_B[:, None]
