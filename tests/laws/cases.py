@@ -32,6 +32,8 @@ from memjax.config.neural import (
   NeuralProjConfig,
   NeuralRuleConfig,
 )
+from memjax.config.titans import TitansConfig
+from tests.laws.wired import Wiring
 
 SMALL = HolographicConfig(heads=2, slots=4, form=FormConfig(chunk=4), conv_width=3)
 
@@ -78,10 +80,18 @@ FULL = {
     'bank-chunk': bank(strategy='chunk', block=3),
     'product-key': ProductKeyConfig(heads=2, keys=4, top_k=3, key_width=8),
     'context': ContextConfig(heads=2, kv_heads=1, slots=3, ratio=2, out_gate='silu'),
+    'mag': Wiring('mag', WindowConfig(heads=2, window=3), neural(net=ONE_MATRIX, exec=NeuralExecConfig(spare=9, group=-1))),
+    'mac': Wiring('mac', WindowConfig(heads=2, window=4, persistent=1), neural(net=ONE_MATRIX, exec=NeuralExecConfig(spare=9, group=-1))),
+    'mac-lookback': Wiring('mac', WindowConfig(heads=2, window=4, persistent=2),
+                           neural(chunk=2, net=ONE_MATRIX, exec=NeuralExecConfig(spare=1)),
+                           TitansConfig(lookback=1)),
 }
 
 # Of these, one of each kind in the default suite; all others are slow tests.
 QUICK = ('attention', 'window', 'holographic', 'holographic-seed', 'neural', 'bank', 'product-key', 'context')
+
+# Of these, Step and Causal.
+WIRED = ('mag', 'mac')
 
 # Scan, Step, Mask and Reach run on these, as slow tests.
 MORE = {
@@ -122,5 +132,14 @@ MORE = {
                            gates=NeuralGatesConfig(theta_raw=True, theta_base=.1), rule=NeuralRuleConfig(first_order=True)),
     'neural-decayed': neural(net=NeuralNetConfig(kind='linear', bias=True), exec=NeuralExecConfig(solver='lax'),
                              rule=NeuralRuleConfig(mode='exact', grad_at='decayed', decay_to='zero', loss_scale='mean')),
+    'mag-mix': Wiring('mag', AttentionConfig(heads=2), SMALL, TitansConfig(fuse='mix')),
+    'mac-learned': Wiring('mac', WindowConfig(heads=2, window=3), neural(chunk=3, net=ONE_MATRIX, rule=NeuralRuleConfig(read='before')),
+                          TitansConfig(learned=2, fuse='silu')),
+    'mac-segment': Wiring('mac', WindowConfig(heads=4, kv_heads=2, window=6), neural(chunk=3, net=ONE_MATRIX),
+                          TitansConfig(read='segment', fuse='sigmoid')),
+    'mac-block': Wiring('mac', WindowConfig(heads=2, window=4), neural(chunk=2, net=ONE_MATRIX, rule=NeuralRuleConfig(mode='block')),
+                        TitansConfig(lookback=1)),
+    'mac-exact': Wiring('mac', WindowConfig(heads=2, window=4, qk_norm=True), neural(net=ONE_MATRIX, rule=NeuralRuleConfig(mode='exact')),
+                        TitansConfig(fuse='mix')),
     'losses': holographic(loss=MemoryLossConfig(replay=.1, contrastive=.1, balance=.1, gate=.1)),
 }

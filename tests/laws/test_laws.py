@@ -10,7 +10,8 @@ from flax import linen as nn
 
 from memjax.memory.base import Memory
 from memjax.memory.registry import MEMORIES, make_memory
-from tests.laws.cases import FULL, MORE, QUICK
+from tests.laws.cases import FULL, MORE, QUICK, WIRED
+from tests.laws.wired import ByToken, Stage, Wiring
 
 B, L, D, CUT = 2, 11, 8, 5
 EVERY = {**FULL, **MORE}
@@ -20,13 +21,18 @@ class Case:
   """One memory with parameters, inputs and jitted calls shared by all its laws."""
 
   def __init__(self, config):
-    self.memory = make_memory(config, D)
+    self.memory = build(config)
     self.x = jax.random.normal(jax.random.key(1), (B, L, D))
     self.position = jnp.broadcast_to(jnp.arange(L)[None], (B, L)).at[1, 7:].set(jnp.arange(L - 7))
     self.state = self.memory.init_state(B, L)
     self.params = parameters(self.memory, self.x, self.state, self.position)
     self.run = jax.jit(functools.partial(call, self.memory))
     self.spec = jax.jit(functools.partial(call, slow(self.memory)))
+
+
+def build(config, **options):
+  """The module of a case."""
+  return Stage(config.model(D, **options)) if isinstance(config, Wiring) else make_memory(config, D, **options)
 
 
 def call(memory, params, x, state, position, **flow):
@@ -36,6 +42,7 @@ def call(memory, params, x, state, position, **flow):
 
 def slow(memory):
   """The memory with `parallel` replaced by its specification, the scan of `step`."""
+  if isinstance(memory, Stage): return ByToken(memory)
   class Slow(type(memory)):
     def parallel(self, *args, **kwargs): return Memory.scan(self, *args, **kwargs)
   return Slow(**{n: getattr(memory, n) for n in ('config', 'width', 'dtype', 'std', 'grafted')})
@@ -67,9 +74,9 @@ def close(actual, expected, tolerance=1e-5):
   jax.tree.map(check, actual, expected)
 
 
-def timed(names):
+def timed(names, also=()):
   """The names as parameters: one memory of each kind in the default suite, variants of a kind in the slow one."""
-  return [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in sorted(names)]
+  return [name if name in (*QUICK, *also) else pytest.param(name, marks=pytest.mark.slow) for name in sorted(names)]
 
 
 full = pytest.mark.parametrize('name', timed(FULL))
@@ -77,12 +84,12 @@ every = pytest.mark.parametrize('name', timed(EVERY))
 
 
 def test_every_registered_kind_is_tested():
-  assert {config.kind for config in FULL.values()} == {FULL[name].kind for name in QUICK} == set(MEMORIES)
+  assert {config.kind for config in FULL.values()} == {FULL[name].kind for name in (*QUICK, *WIRED)} == {*MEMORIES, 'mag', 'mac'}
 
 
 @every
 def test_zero(name):
-  state = make_memory(EVERY[name], D).init_state(B, L)
+  state = build(EVERY[name]).init_state(B, L)
   for leaf in jax.tree.leaves(state):
     assert leaf.shape[0] == B and not np.asarray(leaf).any()
 
@@ -100,7 +107,7 @@ def test_scan(name):
   close(value_and_grad(c.memory), value_and_grad(slow(c.memory)))
 
 
-@every
+@pytest.mark.parametrize('name', timed(EVERY, WIRED))
 def test_step(name):
   c = case(name)
   y, end = c.run(c.params, c.x, c.state, c.position)
@@ -168,7 +175,7 @@ def test_write_mask(name):
   assert np.abs(np.asarray(y[:, 4])).max() > 0
 
 
-@full
+@pytest.mark.parametrize('name', timed(FULL, WIRED))
 def test_causal(name):
   c = case(name)
   position = jnp.broadcast_to(jnp.arange(1, L + 1)[None], (B, L))
@@ -194,7 +201,7 @@ def test_reset_forgets_everything(name):
   close(y[1, 7:], c.run(c.params, c.x[1:, 7:], jax.tree.map(lambda a: a[1:], c.state), c.position[1:, 7:])[0][0])
 
 
-@full
+@pytest.mark.parametrize('name', timed(name for name in FULL if not isinstance(FULL[name], Wiring)))
 def test_identity_when_grafted(name):
   """A fresh graft adds exactly nothing: its output projection starts at zero, whatever the other parameters are."""
   c = case(name)
@@ -203,6 +210,20 @@ def test_identity_when_grafted(name):
   host = jax.random.normal(jax.random.key(8), (B, L, D))
   out = jax.jit(lambda host: host + call(memory, fresh, host, c.state, c.position)[0])(host)
   chex.assert_trees_all_equal(out, host)
+
+
+def test_identity_of_a_grafted_gate():
+  """A fresh memory at the gate of attention leaves its output bit-equal, and the gate learns: exactly one factor starts at zero."""
+  wiring, x = EVERY['mag'], jax.random.normal(jax.random.key(8), (B, L, D))
+  memory = build(wiring, grafted=True)
+  state, position = memory.init_state(B, L), jnp.broadcast_to(jnp.arange(L)[None], (B, L))
+  params = nn.unbox(jax.jit(lambda: memory.init(jax.random.key(0), x, state, position_BxL=position))())
+  alone = make_memory(wiring.a, D)
+  def run(params, x): return call(memory, params, x, state, position)[0]
+  host = jax.jit(lambda x: call(alone, {'params': params['params']['stage']['a']}, x, state['a'], position)[0])(x)
+  chex.assert_trees_all_equal(jax.jit(run)(params, x), host)
+  gain = jax.jit(jax.grad(lambda params: jnp.sum(run(params, x) ** 2)))(params)['params']['stage']['fuse']['norm_memory']['scale']
+  assert (np.abs(np.asarray(gain)) > 0).all()
 
 
 @every
@@ -232,7 +253,7 @@ def test_traced_once(name):
 def test_dtype(name):
   """bf16 compute keeps an fp32 state and stays within 2e-2."""
   c = case(name)
-  memory = make_memory(EVERY[name], D, dtype=jnp.bfloat16)
+  memory = build(EVERY[name], dtype=jnp.bfloat16)
   state = memory.init_state(B, L)
   assert all(leaf.dtype in (jnp.float32, jnp.int32) for leaf in jax.tree.leaves(state))
   y, end, _ = jax.jit(lambda x: memory.apply(c.params, x, state, position_BxL=c.position))(c.x.astype(jnp.bfloat16))
