@@ -2,10 +2,10 @@
 
   python -m memjax.analyze --workdir runs/default
 
-Figures: state_norms, slot_use, predictions, layer_norms (and the four on one sheet, memory_analysis), cost (measured
-here and now), capacity, memory_over_time, effective_slots, loss_curve; for banks chapter_use, router_entropy, entry_attention,
-nearest_tokens, chapter_similarity, and their footprint in analysis.json. Those that do not apply are named in analysis.json
-with the reason. Without the extra `plot` only analysis.json is written. The last line of stdout is the folder.
+Figures: state_norms, slot_use, predictions, layer_norms (and the four on one sheet, memory_analysis), cost (measured here and now),
+capacity, memory_over_time, effective_slots, loss_curve; for banks chapter_use, router_entropy, entry_attention, nearest_tokens,
+chapter_similarity, and their footprint in analysis.json; for neural memories surprise and learning. Those that do not apply are named in
+analysis.json with the reason. Without the extra `plot` only analysis.json is written. The last line of stdout is the folder.
 """
 import os
 import sys
