@@ -23,6 +23,7 @@ B, L, A = 2, 7, 11
 NEAR = WindowConfig(heads=2, window=4)
 NEURAL = NeuralConfig(heads=2, chunk=2, net=NeuralNetConfig(kind='linear'), proj=NeuralProjConfig(conv_width=0),
                       exec=NeuralExecConfig(group=-1))
+HOLOGRAPHIC = HolographicConfig(heads=2)
 TOKEN_BxL = jnp.asarray(np.random.default_rng(0).integers(0, A, (B, L)), jnp.int32)
 POSITION_BxL = jnp.broadcast_to(jnp.arange(L)[None], (B, L))
 
@@ -62,7 +63,7 @@ def test_frozen_reads_the_learned_start(layer):
   assert np.asarray(jax.tree.leaves(inner(state, 'near'))[0]).any()
 
 
-@pytest.mark.parametrize('layer, mem', [pytest.param('mem>near', NEURAL, marks=pytest.mark.slow), ('near+mem', HolographicConfig(heads=2))])
+@pytest.mark.parametrize('layer, mem', [pytest.param('mem>near', NEURAL, marks=pytest.mark.slow), ('near+mem', HOLOGRAPHIC)])
 def test_off_reads_zeros(layer, mem):
   """As with an output projection of exactly 0; a kind whose empty memory reads 0 is as well off frozen."""
   _, params, run = make(layer, mem)
@@ -84,9 +85,10 @@ def test_which_kinds_learn():
 def text(tmp_path_factory): return write_plays(tmp_path_factory.mktemp('plays'))
 
 
-@pytest.mark.parametrize('choice', ['frozen', pytest.param('on', marks=pytest.mark.slow), pytest.param('off', marks=pytest.mark.slow)])
-def test_evaluate_prints_the_difference(text, choice, tmp_path, capsys):
-  run = make_workdir(tmp_path / 'run', small_config(text, mixers={'near': NEAR, 'mem': NEURAL}, pattern=('near+mem',)))
+@pytest.mark.parametrize('choice, mem', [
+  ('frozen', HOLOGRAPHIC), *(pytest.param(choice, NEURAL, marks=pytest.mark.slow) for choice in evaluate.CHOICES)])
+def test_evaluate_prints_the_difference(text, choice, mem, tmp_path, capsys):
+  run = make_workdir(tmp_path / 'run', small_config(text, mixers={'near': NEAR, 'mem': mem}, pattern=('near+mem',)))
   argv = [f'--workdir={run}', '--split=val', '--stream', f'--test_time={choice}']
   assert call(evaluate.main, flags=evaluate.FLAGS, takes_config=False, argv=argv) == 0
   result = json.loads(capsys.readouterr().out.splitlines()[-1])
