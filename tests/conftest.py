@@ -26,6 +26,7 @@ def _log_level():
   standard_logging.getLogger('memjax').setLevel(standard_logging.NOTSET)
 
 
+@pytest.hookimpl(tryfirst=True)      # before xdist reads the groups
 def pytest_collection_modifyitems(items):
   """What one process runs (`--dist loadgroup`): a file, or of the laws one memory, so that compiled fixtures are shared."""
   for item in items:

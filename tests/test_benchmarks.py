@@ -35,6 +35,7 @@ def test_holographic(tmp_path, capsys):
   assert 'elementwise chunk' in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_forms_of_the_benchmark_agree():
   size = holographic.Size(2, 40, 2, 8, 4)
   results = []

@@ -117,6 +117,7 @@ def test_generate_prints_blocks_and_stops(do, tmp_path):
   assert do(generate, '--prompt=A', '--max_new_tokens=30', '--temperature=0', f'--stop={stop}') == f'A{cut}\n'
 
 
+@pytest.mark.slow
 def test_commands_run_as_programs(workdir):
   """One real process each way: result on stdout alone, bad input on stderr alone."""
   def run(*words):

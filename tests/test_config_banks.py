@@ -167,8 +167,8 @@ def test_overrides_reach_into_a_bank_and_are_refused_by_path(tmp_path):
 
 
 def test_stages_of_a_layer():
-  assert stages('swa') == ((('swa',), False),)
-  assert stages('swa+mem:gate>bank') == ((('swa', 'mem'), True), (('bank',), False))
+  assert stages('swa') == ((('swa',), ''),)
+  assert stages('swa+mem:gate>bank') == ((('swa', 'mem'), ':gate'), (('bank',), ''))
   assert mixer_names('swa+mem:gate>bank') == ('swa', 'mem', 'bank')
   near = {'near': WindowConfig(), 'mem': BankConfig()}
   for layer, says in (('near>near', 'names a mixer twice'), ('near>mem:gate', 'gates 1 mixers'), ('near>other', "names 'other'")):

@@ -66,6 +66,7 @@ def test_logits(names, place):
     for name in {'host', *names}: assert np.abs(found - wanted[name]).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_routing(place, capsys):
   root = place[0]
   host = open_host(str(root / 'm.gguf'), adapters=[str(root / 'memory')])

@@ -116,6 +116,7 @@ def in_docstrings():
     for words in found: yield pytest.param(words, id=f'{path.stem}-{len(" ".join(words))}')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('words', list(in_docstrings()))
 def test_commands_of_config_files(words, trained, tmp_path, monkeypatch, capsys):
   """They parse and pass a dry run (the gradient's FLOPs left out: tracing it is slow); what needs the hub is only parsed."""

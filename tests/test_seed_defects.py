@@ -79,6 +79,7 @@ def test_gate_matters_at_first_token():
   assert float(jnp.abs(first(2.0)).max()) > 0.1
 
 
+@pytest.mark.slow
 def test_bptt_option_is_used():
   """A token of the first segment gets no gradient from the losses of the second; without the option it does."""
   mixers = {'near': HolographicConfig(heads=2, slots=2)}
@@ -110,6 +111,7 @@ def test_hierarchy_runs():
   assert np.abs(with_slow[0] - without[0]).max() > 1e-4 and jnp.array_equal(with_slow[1], without[1])
 
 
+@pytest.mark.slow
 def test_padding_masked():
   """Targets in the padding count neither in the loss nor in its mean: a padded batch scores as its real tokens alone."""
   model, params = toy.Recurrent(), toy.Recurrent().params()
@@ -135,6 +137,7 @@ def test_flops_same_units():
   assert theirs[1] - theirs[0] > 0.8 * 2 * 2 * 32 * (512 - 128)                  # scores and values: 2 x 2 D operations a key
 
 
+@pytest.mark.slow
 def test_ablation_runs():
   """Each part taken away still gives a model, with reads of its own."""
   parts = {'binding': BindingConfig(kind='none'), 'address': AddressConfig(gate=''), 'keep': KeepConfig(kind='none'), 'conv_width': 0,

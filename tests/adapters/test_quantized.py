@@ -61,6 +61,7 @@ def test_kernels_shrink_and_the_rest_stays(storage, host):
   assert f'{len(KERNELS)} kernels in fewer bits: {report.before:,} -> {report.after:,} bytes' in report.line()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('quant', [INT8, NF4], ids=['int8', 'nf4'])
 def test_the_model_computes_with_the_numbers_that_are_stored(quant, host):
   config, params, _ = quantize_host(HOST, host, quant)
@@ -232,6 +233,7 @@ def check_frozen(before, after, given, trained):
   assert codes and not set(codes) & trained and all(after[path].dtype == jnp.uint8 for path in codes)
 
 
+@pytest.mark.slow
 def test_changes_are_trained_through_packed_kernels(host):
   config, params, _ = quantize_host(HOST, host, NF4)
   lora = dataclasses.replace(QUERY_VALUE, targets=('/(query|down)/kernel$',), dora=True)

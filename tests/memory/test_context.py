@@ -94,6 +94,7 @@ def test_empty_bank_changes_nothing():
   assert bank.clock.tolist() == [4, 4]
 
 
+@pytest.mark.slow
 def test_nothing_learned_depends_on_an_update():
   """P9.7: updates leave parameters as they are, and no gradient of the bank reaches them or the inputs."""
   memory, params, x, position, state = setting(BASE)
@@ -110,6 +111,7 @@ def test_nothing_learned_depends_on_an_update():
     assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(jax.grad(held, argnums=(0, 1, 2))(params, x, real)))
 
 
+@pytest.mark.slow
 def test_bank_lives_on_over_prompts():
   """A second prompt at position 0 starts anew, unless it is told that nothing is reset."""
   memory, params, x, _, state = setting(BASE)

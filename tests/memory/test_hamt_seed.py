@@ -49,6 +49,7 @@ def test_unknown_variant_is_one_line():
   with pytest.raises(UserError, match=r"no variant 'qick' .*; did you mean 'quick'"): load(f'{FILE}:qick')
 
 
+@pytest.mark.slow
 def test_loss_at_step_0_is_that_of_guessing():
   """Within .1 of ln 50,257, at full size but one layer."""
   model = build_decoder(load(FILE, 'model.repeats=1').model)

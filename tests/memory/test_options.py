@@ -10,6 +10,7 @@ import pytest
 from flax import linen as nn
 
 from memjax.config.mixers import AttentionConfig, HolographicConfig, WindowConfig
+from memjax.config.neural import NeuralConfig, NeuralNetConfig
 from memjax.config.schema import BlockConfig, EmbeddingConfig, ModelConfig
 from memjax.memory.registry import make_memory
 from memjax.models.decoder import build_decoder, init_params, noise, param_shapes
@@ -27,6 +28,8 @@ RANDOM, FRACTIONAL = {'binding.position': 'random'}, {'binding.position': 'fract
 GELU, LORA = {'block.activation': 'gelu'}, {'block.lora.rank': 2}
 INT8, WIDE = {'block.quant.storage': 'int8'}, {'width': 32, 'hidden': 32}
 CONTRAST = {'loss.contrastive': 1.0}
+PAIR = {'near': NEAR, 'mem': NeuralConfig(heads=2, chunk=3, net=NeuralNetConfig(kind='linear'))}
+MAG, MAC = ({'mixers': PAIR, 'prefix': (f'near+mem:{wiring}',)} for wiring in ('mag', 'mac'))
 YARN = {'rope.kind': 'yarn', 'rope.factor': 4.0, 'rope.original': 64, 'rotary_base': 10.0}
 LLAMA3 = {**YARN, 'rope.kind': 'llama3'}
 
@@ -80,7 +83,7 @@ ATTENTION = [
     ('rope.kind', 'llama3', 'output', YARN), ('rope.kind', 'yarn', 'output', LLAMA3), ('rope.factor', 3.0, 'output', YARN),
     ('rope.original', 20, 'output', YARN), ('rope.low_factor', 3.0, 'output', LLAMA3), ('rope.high_factor', 9.0, 'output', LLAMA3),
     ('rope.beta_fast', 2.0, 'output', YARN), ('rope.beta_slow', 5.0, 'output', YARN), ('rope.attention_factor', 2.0, 'output', YARN),
-    ('out_bias', True, 'shape', {}),
+    ('out_bias', True, 'shape', {}), ('persistent', 2, 'shape', {}),
 ]
 DECODER = [
     ('width', 4, 'shape', {}), ('hidden', -1, 'shape', {}), ('hidden', 0, 'shape', {}), ('vocabulary', 9, 'shape', {}),
@@ -98,6 +101,8 @@ DECODER = [
     ('block.quant.storage', 'nf4', 'output', {**WIDE, 'block.quant.storage': 'int4'}), ('block.quant.storage', 'bfloat16', 'output', {}),
     ('block.quant.storage', 'float16', 'output', {}), ('block.quant.targets', ('/key/',), 'shape', INT8),
     ('block.quant.exclude', ('/key/',), 'shape', INT8), ('block.quant.head', True, 'shape', {**INT8, 'embedding.tie': False}),
+    ('block.titans.fuse', 'sigmoid', 'output', MAG), ('block.titans.fuse', 'silu', 'output', MAG), ('block.titans.fuse', 'mix', 'shape', MAG),
+    ('block.titans.lookback', 1, 'output', MAC), ('block.titans.learned', 2, 'shape', MAC), ('block.titans.read', 'segment', 'output', MAC),
     ('block.activation', 'silu', 'output', GELU), ('block.activation', 'relu', 'output', GELU),
     ('block.activation', 'sigmoid', 'output', GELU), ('block.activation', 'tanh', 'output', GELU),
     ('embedding.tie', False, 'shape', {}), ('embedding.position', 'learned', 'shape', {'embedding.max_position': 8}),

@@ -131,6 +131,7 @@ def test_a_sum_is_a_sum():
   close(call(p)[0], alone('near', p['near'], x)[1] + alone('mem', p['mem'], x)[1])
 
 
+@pytest.mark.slow
 def test_gate_is_the_formula_and_closes_exactly():
   """alpha b + (1 - alpha) a on normalised outputs, alpha = sigmoid(W x + w_c confidence + c); alpha 0 leaves a bit-equal."""
   call, p, x = mixers_of('near+mem:gate')

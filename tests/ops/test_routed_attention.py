@@ -182,6 +182,7 @@ def test_attention_equals_the_oracle(impl, mode, options):
       assert np.any(got[1][3]) == (mode != 'joint')
 
 
+@pytest.mark.slow
 def test_rounds_in_fp32():
   (q, k, v, weight), mask = bank(np.float32)
   arguments = q, k, v, weight, None, routes('skewed'), mask, draw((Z, H, V), dtype=np.float32)[0]
@@ -256,6 +257,7 @@ def test_quantised_banks_are_read_as_what_they_stand_for():
   close(grad(q, weight, (k, v), 'tiles'), grad(q, weight, plain, 'gather'), 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('mode', 'impl'), [('mixture', 'tiles'), ('joint_bias', 'gather')])
 def test_chapters_over_a_mesh(mode, impl):
   """P5.11: chapters over 2 devices, tokens over 2 more, with shared entries: values and gradients as on one."""

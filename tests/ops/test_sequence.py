@@ -182,6 +182,7 @@ def test_two_passes_over_segments_are_one():
   assert relative(inner, np.stack(starts[1:], 1)) <= 1e-12
 
 
+@pytest.mark.slow
 def test_transforms_and_mesh():
   """vmap, remat, scan over layers and eight devices give what one plain call gives; nothing is traced twice."""
   arguments, options = cast(make(keep='head', B=8, reset=True, mask=True), np.float32)

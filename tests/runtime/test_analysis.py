@@ -40,6 +40,7 @@ def test_slot_use_not_a_norm(tokens):
   np.testing.assert_allclose(ten['read_norm'], 10 * np.asarray(one['read_norm']), rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_every_layer_is_found_and_kinds_without_keys_are_no_trouble(tokens):
   copies = HolographicConfig(heads=1, slots=2, address=AddressConfig(kind='copies'))
   found = make_run({'seed': HolographicSeedConfig(key_width=8, slots=3), 'copies': copies}, ('copies', 'seed'), repeats=2)

@@ -64,6 +64,7 @@ def report(run):
   return json.loads((folder / 'analysis.json').read_text())
 
 
+@pytest.mark.slow
 def test_every_figure_is_drawn(run, report):
   assert set(report['figures']) >= FIGURES and set(report['skipped']) & FIGURES == set()
   for name in FIGURES:
@@ -108,6 +109,7 @@ def test_similarity_of_chapters(run, report):
   assert found['table'] == 'bank m' and found['shown'] == list(range(P))
 
 
+@pytest.mark.slow
 def test_a_router_that_sees_the_future_is_left_out_of_pieces(tmp_path, monkeypatch):
   """The analysis goes on, with reasons; costs are measured of stored integers and shared tables too."""
   quant, shape = BankQuantConfig(bits=8, group=0), dataclasses.replace(MEM.shape, entries=8)
@@ -151,6 +153,7 @@ def big_bank(kind):
   return build_decoder(ModelConfig(width=512, hidden=-1, vocabulary=16, mixers={'mem': bank}, pattern=('mem',), repeats=1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', ['auto', 'tiles', 'capacity'])
 def test_operations_of_routed_attention(kind):
   """P11.2: within 5 % of the products, per token, of queries, router, 4 K H entries, output; and of keys and values a call."""

@@ -18,6 +18,7 @@ def disturbed(*arguments):
   return result['kills']
 
 
+@pytest.mark.slow
 def test_kills_change_nothing():
   """SIGKILL and SIGTERM at random instants: parameters, optimiser state, memory and rows have the undisturbed run's bits.
 

@@ -189,6 +189,7 @@ def test_chunks_do_not_change_the_text(everything, random):
     np.testing.assert_array_equal(np.concatenate(pieces, 1), whole)
 
 
+@pytest.mark.slow
 def test_long_prompts_enter_in_segments(everything, greedy):
   prompts = [np.random.default_rng(1).integers(0, 256, n).astype(np.int32) for n in (41, 9, 26)]
   cut = Sampler(everything[0], greedy.sampling, segment=8)
@@ -197,6 +198,7 @@ def test_long_prompts_enter_in_segments(everything, greedy):
   assert cut.prefill._cache_size() == 2                            # with and without padding, whatever the length
 
 
+@pytest.mark.slow
 def test_parameters_may_lie_on_many_devices(everything, greedy):
   mesh = make_mesh(MeshConfig(data=2, fsdp=2, model=2))
   params = jax.device_put(everything[1], shardings_for(param_shapes(everything[0])[1], mesh, everything[1]))
@@ -307,6 +309,7 @@ def stream_bytes(new, chunk):
   return seen
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow():
   seen = stream_bytes(15_000, 1000)
   assert len(set(seen)) == 1

@@ -75,6 +75,7 @@ def test_segments_keep_values_and_cut_gradients(monkeypatch):
   close(gradient_of(model, model.params(), toy.tiny(carry=True, bptt=4), model.init_state(8))[0], full[0])
 
 
+@pytest.mark.slow
 def test_segments_of_a_holographic_decoder_keep_values():
   scanned = HolographicConfig(heads=2, form=FormConfig(kind='scan'))
   model = build_decoder(dataclasses.replace(toy.MODEL, mixers={'near': scanned}))

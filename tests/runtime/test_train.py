@@ -90,6 +90,7 @@ def test_more_steps_continue_and_a_finished_run_only_reports(train, whole, tmp_p
   assert read_config(str(tmp_path)).training.steps == 14
 
 
+@pytest.mark.slow
 def test_another_mesh_continues_a_run(train, whole, tmp_path):
   """From one device to 2 x 2 x 2, and on as one device would."""
   assert train(tmp_path / 'one', *SHORT, 'training.steps=14', resume_from=whole) == 0
@@ -133,6 +134,7 @@ def test_the_dry_run_costs_nothing_and_says_what_a_run_would(train, tmp_path, ca
   assert 'FLOPs a token, training' in table and 'state bytes a row' in table and 'main' in table
 
 
+@pytest.mark.slow
 def test_the_rate_finder_writes_a_curve_and_a_suggestion(train, tmp_path, capsys):
   assert train(tmp_path, *LIGHT, find_lr=True) == 0
   lines = capsys.readouterr().out.splitlines()
