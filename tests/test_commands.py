@@ -105,6 +105,7 @@ def test_generate_prints_one_text(do, tmp_path):
   assert do(generate, *words) == out and do(generate, *words, '--seed=4') != out
 
 
+@pytest.mark.slow
 def test_generate_prints_blocks_and_stops(do, tmp_path):
   (tmp_path / 'p.txt').write_text('What is', encoding='utf-8')
   words = ('--prompt=A', '--prompt=Parting is sweet', f'--prompt_file={tmp_path}/p.txt', '--max_new_tokens=30', '--temperature=0')
@@ -136,6 +137,7 @@ def analysis(workdir):
   return workdir / 'analysis', json.loads((workdir / 'analysis' / 'analysis.json').read_text())
 
 
+@pytest.mark.slow
 def test_analyze_leaves_figures_and_numbers(analysis):
   folder, report = analysis
   assert set(report['figures']) == FIGURES and report['skipped'] == {}
@@ -154,6 +156,7 @@ def test_analyze_leaves_figures_and_numbers(analysis):
   assert ring[1] - ring[0] == 8 * 2 * 8 * 4                          # 8 tokens more, keys and values, 8 channels, float32
 
 
+@pytest.mark.slow
 def test_predictions_shifted(analysis):
   """The prediction at t is compared with the token after input t, not with input t itself."""
   found = analysis[1]['predictions']
@@ -163,6 +166,7 @@ def test_predictions_shifted(analysis):
   assert all(0 <= p <= 1 for p in found['probability'])
 
 
+@pytest.mark.slow
 def test_loss_curve_one_model(analysis, workdir, tmp_path):
   """Rows of another configuration are no part of the curve."""
   training = analysis[1]['training']

@@ -1,5 +1,6 @@
 """What the README and the docs say is so: links lead somewhere, commands and code run, numbers are those of the measurements."""
 import ast
+import functools
 import json
 import os
 import re
@@ -13,6 +14,7 @@ from memjax import analyze, evaluate, export, generate, train
 from memjax.config.banks import BankConfig, BankShapeConfig
 from memjax.config.errors import UserError
 from memjax.config.flags import call, parse
+from memjax.config.mixers import MIXERS
 from memjax.config.schema import Config
 from memjax.runtime import flops
 from tests.adapters.gguf_files import write_case
@@ -139,9 +141,12 @@ def test_flags_and_fields_in_the_text_exist():
   """Flags `--config.a.b=value` anywhere in the pages, and the configs and extras of the README."""
   fields = set(re.findall(r'--config\.([a-z_.]+)=', ''.join(page.read_text(encoding='utf-8') for page in PAGES)))
   assert len(fields) >= 5
+  reach = lambda value, parts: functools.reduce(lambda value, part: getattr(value, part, None), parts, value)
   for field in fields:
-    value = Config()
-    for part in field.split('.'): value = getattr(value, part)
+    _, _, *inner = field.split('.')
+    is_mixer = field.startswith('model.mixers.')
+    values = [reach(kind(), inner[1:]) for kind in MIXERS.values()] if is_mixer else [reach(Config(), field.split('.'))]
+    assert any(value is not None for value in values), field
   for names in re.findall(r'^\| (`.*?) \|', README, re.M):
     for name in re.findall(r'`(\w+)`', names): assert (ROOT / 'configs' / f'{name}.py').exists(), name
   extras = (ROOT / 'pyproject.toml').read_text(encoding='utf-8').partition('[project.optional-dependencies]')[2].partition('\n[')[0]

@@ -32,6 +32,7 @@ def edit(params, **changes):
 
 # The original ----------------------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_query_can_reach_key():
   """A token finds the value that followed its like: with the streams tied by hand, the default layer recalls every pair.
 
@@ -243,6 +244,7 @@ def test_positions_act_by_their_difference(name):
   assert np.abs(c.run(c.params, c.x, c.state, 2 * position)[0] - y).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_fractional_key_returns_the_value_turned_by_the_distance():
   """Property 46: one item under its own key, d places later, is the value rotated by p^-d, found here with complex numbers."""
   binding = BindingConfig(position='fractional', identity_bias=0.0, tie_query=True)
@@ -282,6 +284,7 @@ def test_the_fft_path_is_seen():
   assert 'complex' in text and 'fft' in text
 
 
+@pytest.mark.slow
 def test_layer_gradient_grows_linearly_and_keeps_no_state_per_token():
   """Property 35: no array of L S K numbers, temporary memory linear in L."""
   width = 32

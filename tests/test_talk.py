@@ -68,6 +68,7 @@ def test_a_template_that_rewrites_what_was_said_enters_anew(host, sampler):
   template.close()
 
 
+@pytest.mark.slow
 def test_room_grows_with_the_conversation(host, sampler, monkeypatch):
   monkeypatch.setattr('memjax.runtime.talk.LEAST_ROOM', 32)
   talk = begin(host, sampler)
@@ -77,6 +78,7 @@ def test_room_grows_with_the_conversation(host, sampler, monkeypatch):
   assert texts == [say(other, 'the bat'), say(other, 'er'), say(other, 'the')]
 
 
+@pytest.mark.slow
 def test_limits(host, sampler):
   talk = begin(host, sampler, limit=70)
   say(talk, 'the bat')

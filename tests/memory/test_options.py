@@ -203,9 +203,9 @@ def differs(a, b):
 
 
 def timed(row):
-  """The row as a parameter; those of holographic memory and of the model, the most, are slow."""
+  """The row as a parameter; all but those of attention are slow."""
   kind, path, value, *_ = row
-  slow = [pytest.mark.slow] if kind in ('holographic', 'model') else []
+  slow = [pytest.mark.slow] if kind != 'attention' else []
   return pytest.param(*row, id=f'{kind}.{path}={"other" if isinstance(value, dict) else value}', marks=slow)
 
 

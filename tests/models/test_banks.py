@@ -79,6 +79,7 @@ def test_a_fresh_bank_leaves_the_logits_of_its_host_bit_equal():
   unchanged('float32')
 
 
+@pytest.mark.slow
 def test_a_fresh_bank_leaves_the_logits_of_its_host_bit_equal_in_bfloat16():
   """In a process of its own: XLA may otherwise keep bfloat16 sums in float32 in one program and not in the other."""
   flags = os.environ.get('XLA_FLAGS', '') + ' --xla_allow_excess_precision=false'

@@ -92,6 +92,7 @@ def context(form='causal', **titans):
   return module, random_like(params), lambda params, x: module.apply(params, x, states, *given)
 
 
+@pytest.mark.slow
 def test_the_drawing_of_the_paper_leaks_and_cannot_stream():
   """Both leaks of specification section 12.1 are seen by the test that finds none in the causal form; segments still shut the rest out."""
   module, params, run = context('paper')

@@ -32,6 +32,7 @@ def test_capacity_of_every_binding(memory):
   for pairs, got in zip(loads, capacity.measure(memory, loads, trials=200), strict=True): assert abs(got - THEORY[pairs]) <= 0.03
 
 
+@pytest.mark.slow
 def test_slots_multiply_capacity():
   """Signed and top-1 addresses hold eight times the pairs, the same write to all slots holds no more than one slot."""
   half = functools.partial(capacity.pairs_at_half, trials=100)

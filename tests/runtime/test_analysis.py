@@ -28,6 +28,7 @@ def tokens():
   return Tokens(token_N, np.array([0, 100]), 200, '', 256, 10, 'made up', 'val')
 
 
+@pytest.mark.slow
 def test_slot_use_not_a_norm(tokens):
   """Writing ten times larger values grows the norms tenfold and leaves use, picks and effective slots alone."""
   found = make_run({'mem': HolographicConfig(heads=2)}, ('mem',))
@@ -56,6 +57,7 @@ def test_every_layer_is_found_and_kinds_without_keys_are_no_trouble(tokens):
   assert np.ptp(seed['state_norm']) > 1e-3                                       # before the norm of the write, which makes all alike
 
 
+@pytest.mark.slow
 def test_states_are_watched_in_pieces_that_make_the_whole(tokens):
   found = make_run({'mem': HolographicConfig(heads=2)}, ('mem',))
   layer = observe(found, tokens, rows=2, length=16)[0]['layers'][0]

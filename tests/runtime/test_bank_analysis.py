@@ -27,6 +27,8 @@ from memjax.runtime.footprint import bank_footprint, table_footprint
 from memjax.runtime.reading import Run
 from tests.pieces import ByteTokenizer, small_config
 
+pytestmark = pytest.mark.slow
+
 M, P, J, D = 12, 4, 2, 8
 MEM = BankConfig(heads=2, kv_heads=1, zero_out=False, shape=BankShapeConfig(entries=M, chapters=P, share='m'), router=RouterConfig(top_k=J),
                  mixing=MixingConfig(shared=1, scale=2.5))

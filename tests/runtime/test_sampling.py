@@ -168,6 +168,7 @@ def test_rows_end_each_for_itself_and_drawing_with_the_last(everything, greedy):
   assert tokens_of(sampler, everything[1], PROMPTS, 2).shape == (3, 2)
 
 
+@pytest.mark.slow
 def test_going_on_is_one_text(everything, greedy):
   """Prompts given in two parts, with the room grown between them, leave what the whole leaves."""
   _, params = everything
@@ -181,6 +182,7 @@ def test_going_on_is_one_text(everything, greedy):
     greedy.extend(params, session, [np.ones(60, np.int32)] * 2)
 
 
+@pytest.mark.slow
 def test_chunks_do_not_change_the_text(everything, random):
   whole = tokens_of(random, everything[1], PROMPTS, 37)
   for chunk in (5, 64):

@@ -140,6 +140,7 @@ def run(mesh_config, steps=3, **training):
   return now, metrics
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('mesh', [MeshConfig(data=8), MeshConfig(data=2, fsdp=2, model=2)], ids=['data', 'all'])
 def test_meshes_equal_one_device(mesh):
   one, first = run(MeshConfig(data=1), carry=True)

@@ -107,6 +107,7 @@ def test_parameters_of_another_run_begin_a_new_one(train, whole, tmp_path):
   assert rows(tmp_path)[1]['eval/loss'] == pytest.approx(best[0], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_early_stopping_keeps_the_best_and_is_remembered(train, tmp_path, capsys):
   early = (*LIGHT, 'evaluation.every=2', 'evaluation.patience=2', 'evaluation.min_delta=9', 'checkpoint.every=100')
   assert train(tmp_path, *early) == 0
@@ -145,6 +146,7 @@ def test_the_rate_finder_writes_a_curve_and_a_suggestion(train, tmp_path, capsys
   assert train(tmp_path, *LIGHT, 'training.steps=1') == 0                            # the folder can then become a run
 
 
+@pytest.mark.slow
 def test_a_sample_is_printed(train, tmp_path, capsys):
   assert train(tmp_path, *LIGHT, 'training.steps=1', 'evaluation.sample=5', 'evaluation.prompt=ab') == 0
   out = capsys.readouterr().out.splitlines()
