@@ -119,6 +119,7 @@ def load_params(config: ModelConfig, tensors: Tensors, *, mesh: Mesh | None = No
     row = jax.device_put(np.array(tensors.read(name)), _row_sharding(sharding, place))
     if place.repeat < 0: node[last] = _whole(place.transposed, dtype, sharding)(row)
     else: node[last] = _layer(place.transposed, sharding)(node[last], row, np.int32(place.repeat))
+    jax.block_until_ready(node[last])                        # work that waits would hold its tensor
   return params
 
 

@@ -48,6 +48,7 @@ def test_micro_batches_equal_one_big_batch(accumulate):
   close(parts, whole)
 
 
+@pytest.mark.slow
 def test_micro_batches_of_the_decoder_equal_one_big_batch():
   model = build_decoder(toy.MODEL)
   params = state.init_params(model, jax.random.key(0))[0]
@@ -55,6 +56,7 @@ def test_micro_batches_of_the_decoder_equal_one_big_batch():
   close(parts[:2], whole[:2])
 
 
+@pytest.mark.slow
 def test_segments_keep_values_and_cut_gradients(monkeypatch):
   model, batch = toy.Recurrent(), toy.batch()
   full = gradient_of(model, model.params(), toy.tiny(carry=True), model.init_state(8))
