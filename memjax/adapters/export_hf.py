@@ -1,6 +1,5 @@
 """The weights of a decoder under their Hugging Face names: one file, or shards with an index. One tensor is held at a time."""
 import functools
-import json
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -9,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from memjax.adapters.families import Place, tensor_places
-from memjax.adapters.safetensors import FLOATS, INDEX, SINGLE, write_safetensors
+from memjax.adapters.safetensors import FLOATS, INDEX, SINGLE, write_json, write_safetensors
 from memjax.config.errors import UserError, shown
 from memjax.config.schema import ModelConfig
 
@@ -76,12 +75,3 @@ def _shards(rows: Mapping[str, Any], limit: int) -> Iterator[list[str]]:
       names, total = [], 0
     names, total = [*names, name], total + size
   yield names
-
-
-def write_json(path: str, tree: Any) -> None:
-  """Leaves the file whole or not at all. Raises UserError where the machine refuses."""
-  try:
-    with open(f'{path}.tmp', 'w', encoding='utf-8') as file: file.write(json.dumps(tree, indent=2, ensure_ascii=False) + '\n')
-    os.replace(f'{path}.tmp', path)
-  except OSError as error:
-    raise UserError(f'{path} cannot be written: {error.strerror}') from None

@@ -20,7 +20,7 @@ import memjax
 from memjax.adapters.gguf_model import GgufModel
 from memjax.adapters.pretrained import Tensors, load_params, open_pretrained, read_json
 from memjax.adapters.quantized import TYPES, QuantizedTensors, is_quantized, packed
-from memjax.adapters.safetensors import SafeTensors, write_safetensors
+from memjax.adapters.safetensors import SafeTensors, write_described
 from memjax.config.codec import freeze, leaves, to_json
 from memjax.config.errors import ConfigError, UserError, refuse, shown
 from memjax.config.layout import BARE, mixer_names, walk_layers
@@ -193,14 +193,7 @@ def save_adapter(folder: str, config: ModelConfig, params: Mapping[str, Any]) ->
   host, adapter = split_adapter(params, config)
   if not adapter: raise UserError('nothing is grafted; there is no adapter to save')
   text = {'version': VERSION, 'memjax': memjax.__version__, 'host': fingerprint(host_of(config), host), 'model': to_json(config)}
-  path = os.path.join(folder, DESCRIPTION)
-  try:
-    os.makedirs(folder, exist_ok=True)
-    write_safetensors(os.path.join(folder, FILE), adapter, TYPES)
-    with open(f'{path}.tmp', 'w', encoding='utf-8') as file: file.write(json.dumps(text, indent=2) + '\n')
-    os.replace(f'{path}.tmp', path)
-  except OSError as error:
-    raise UserError(f'{folder} cannot be written: {error.strerror}') from None
+  write_described(folder, (FILE, adapter), (DESCRIPTION, text), TYPES)
 
 
 def load_adapter(folder: str, host_config: ModelConfig, host_params: Mapping[str, Any], *,

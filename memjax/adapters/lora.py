@@ -69,16 +69,16 @@ def insert(params: dict, adapter: Mapping[str, Factors], quant: QuantConfig = FL
   """
   for path, factors in adapter.items():
     own = {A: factors.a, B: factors.b}
-    if factors.magnitude is not None: own[M] = factors.magnitude - _norms(stored_kernel(_module_at(params, path), quant))
+    if factors.magnitude is not None: own[M] = factors.magnitude - _norms(stored_kernel(module_at(params, path), quant))
     params = _with_change(params, path, own, quant)
   return params
 
 
 def _with_change(params: dict, path: str, own: dict, quant: QuantConfig) -> dict:
-  node = _module_at(params, path)
+  node = module_at(params, path)
   if A in node: raise UserError(f'{path} has a low-rank change already')
   _check_shapes(path, stored_kernel(node, quant), Factors(own[A], own[B], 0.0))
-  return _replaced(params, path, {**node, **own})
+  return replaced(params, path, {**node, **own})
 
 
 def strip(params: dict) -> dict:
@@ -95,11 +95,11 @@ def merge(params: dict, adapters: Sequence[Adapter], weights: Sequence[float] | 
   Raises UserError for changes that are not finite or do not fit, and for kernels of integers (`merge_quantized`); then nothing was made.
   """
   for path in (path for adapter in adapters for path in adapter):
-    if CODES in _module_at(params, path): raise UserError(f'{path} is stored as integers; merge_quantized merges there')
+    if CODES in module_at(params, path): raise UserError(f'{path} is stored as integers; merge_quantized merges there')
   params, parts = strip(params), _parts(params, adapters, weights)
   for path, changes in parts.items():
-    node = _module_at(params, path)
-    params = _replaced(params, path, {**node, KERNEL: _summed(node[KERNEL], changes)})
+    node = module_at(params, path)
+    params = replaced(params, path, {**node, KERNEL: _summed(node[KERNEL], changes)})
   return params
 
 
@@ -114,13 +114,13 @@ def merge_quantized(config: ModelConfig, params: dict, adapters: Sequence[Adapte
   if quant.storage not in PACKED: raise UserError('the kernels are not stored as integers; merge does it')
   params, error = strip(params), {}
   for path, changes in _parts(params, adapters, weights, quant).items():
-    node = _module_at(params, path)
+    node = module_at(params, path)
     kernel = _summed(as_kernel(stored_kernel(node, quant)), changes)
     if CODES not in node: new = {KERNEL: kernel.astype(node[KERNEL].dtype)}
     else:
       stored = pack_kernel(kernel, quant.storage)
       new, error[path] = {CODES: stored.codes, SCALE: stored.scale}, float(relative_error(stored, kernel))
-    params = _replaced(params, path, {**node, **new})
+    params = replaced(params, path, {**node, **new})
   return params, Report(nbytes(host), nbytes(params), error)
 
 
@@ -130,7 +130,7 @@ def _parts(params: dict, adapters: Sequence[Adapter], weights: Sequence[float] |
   if len(weights) != len(adapters): raise UserError(f'{len(weights)} weights for {len(adapters)} adapters')
   for adapter, weight in zip(adapters, weights, strict=True):
     for path, factors in adapter.items():
-      _check_finite(path, _check_shapes(path, stored_kernel(_module_at(params, path), quant), factors))
+      _check_finite(path, _check_shapes(path, stored_kernel(module_at(params, path), quant), factors))
       parts.setdefault(path, []).append((factors.a, factors.b, jnp.float32(factors.scale * weight), factors.magnitude))
       if any(m is not None for *_, m in parts[path]) and (len(parts[path]) > 1 or weight != 1):
         raise UserError(f'the change of {path} has magnitudes (DoRA); it is merged alone, with weight 1')
@@ -142,7 +142,7 @@ def unmerge(merged: dict, host: dict) -> dict:
 
   Merging rounds, so a difference of parameters cannot be exact: keep the kernels (a tree of them is enough).
   """
-  for path, node in _modules(host): merged = _replaced(merged, path, {**_module_at(merged, path), **_kernel_of(node)})
+  for path, node in _modules(host): merged = replaced(merged, path, {**module_at(merged, path), **_kernel_of(node)})
   return merged
 
 
@@ -150,7 +150,7 @@ def kernels_of(params: dict, adapters: Sequence[Adapter]) -> dict:
   """The tree of the kernels that adapters change and of nothing else: what `unmerge` needs."""
   kept: dict[str, Any] = {}
   for path in dict.fromkeys(path for adapter in adapters for path in adapter):
-    functools.reduce(lambda tree, key: tree.setdefault(key, {}), path.split('/')[:-1], kept).update(_kernel_of(_module_at(params, path)))
+    functools.reduce(lambda tree, key: tree.setdefault(key, {}), path.split('/')[:-1], kept).update(_kernel_of(module_at(params, path)))
   return kept
 
 
@@ -182,7 +182,8 @@ def _modules(tree: dict, path: str = '') -> list[tuple[str, dict]]:
   return found + [pair for name, node in tree.items() if isinstance(node, dict) for pair in _modules(node, f'{path}{name}/')]
 
 
-def _module_at(params: dict, path: str) -> dict:
+def module_at(params: dict, path: str) -> dict:
+  """The module of the kernel at a path. Raises UserError where there is none."""
   node: Any = params
   for key in path.split('/')[:-1]: node = node.get(key) if isinstance(node, dict) else None
   is_there = isinstance(node, dict) and _kernel_of(node) and path.endswith(f'/{KERNEL}')
@@ -190,10 +191,10 @@ def _module_at(params: dict, path: str) -> dict:
   return node
 
 
-def _replaced(tree: dict, path: str, module: dict) -> dict:
+def replaced(tree: dict, path: str, module: dict) -> dict:
   """The tree, copied along one path, with another module there."""
   name, _, rest = path.partition('/')
-  return {**tree, name: _replaced(tree[name], rest, module) if '/' in rest else module}
+  return {**tree, name: replaced(tree[name], rest, module) if '/' in rest else module}
 
 
 def _check_shapes(path: str, kernel: jax.Array | Quantized, factors: Factors) -> Factors:

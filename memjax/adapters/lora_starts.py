@@ -10,7 +10,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from memjax.adapters.lora import KERNEL, Adapter, Factors, extract, insert
+from memjax.adapters.lora import KERNEL, Adapter, Factors, extract, insert, module_at, replaced
 from memjax.config.errors import UserError, nearest
 from memjax.config.lora import LoraConfig, rank_of, scale_of, split_rule
 from memjax.config.schema import ModelConfig
@@ -34,12 +34,11 @@ def start_inside(config: ModelConfig, params: dict, how: str) -> dict:
   if config.block.quant.storage: raise UserError(f'{how} begins in the float kernels; quantise the host afterwards')
   changed = [path.replace('lora_a', KERNEL) for path in named(param_shapes(build_decoder(config))[0]) if path.endswith('/lora_a')]
   for path in changed:
-    *above, _ = path.split('/')
-    node = functools.reduce(lambda tree, key: tree[key], above, params)
+    node = module_at(params, path)
     rank, scale = rank_of(lora, path), scale_of(lora, path)
     if rank > min(node[KERNEL].shape[-2:]): raise UserError(f'{path} is {list(node[KERNEL].shape)}; its rank cannot be {rank}')
     a, b, rest = _split(node[KERNEL], scale, rank=rank, how=how)
-    params = insert(_with_kernel(params, above, rest), {path: Factors(a, b, scale)})
+    params = insert(replaced(params, path, {**node, KERNEL: rest}), {path: Factors(a, b, scale)})
   return params
 
 
@@ -55,11 +54,6 @@ def _split(kernel: jax.Array, scale: float, *, rank: int, how: str) -> tuple[jax
     q, t = jnp.linalg.qr(turned(w))
     a, b = turned(t[..., :rank, :]), turned(q[..., :rank])
   return a, b, (w - scale * jnp.matmul(a, b, precision='highest')).astype(kernel.dtype)
-
-
-def _with_kernel(tree: dict, above: list[str], kernel: jax.Array) -> dict:
-  if not above: return {**tree, KERNEL: kernel}
-  return {**tree, above[0]: _with_kernel(tree[above[0]], above[1:], kernel)}
 
 
 def difference(params: dict, begun: dict, lora: LoraConfig) -> tuple[LoraConfig, Adapter]:

@@ -1,6 +1,5 @@
 """Low-rank changes in the files of PEFT: `adapter_config.json` and `adapter_model.safetensors` (specification section 7.3)."""
 import functools
-import json
 import os
 import re
 from collections import Counter
@@ -14,7 +13,7 @@ import numpy as np
 from memjax.adapters.families import tensor_places
 from memjax.adapters.lora import Adapter, Factors, extract, with_lora
 from memjax.adapters.pretrained import read_json
-from memjax.adapters.safetensors import SafeTensors, write_safetensors
+from memjax.adapters.safetensors import SafeTensors, write_described
 from memjax.config.errors import ConfigError, UserError, shown
 from memjax.config.lora import LoraConfig, alpha_of, scale_of
 from memjax.config.quant import QuantConfig
@@ -56,15 +55,8 @@ def save_peft(folder: str, config: ModelConfig, params: dict, *, base: str = '')
       if value is None: continue
       tensors[f'{STEM}{name}{side}'] = np.ascontiguousarray(np.asarray(value if repeat < 0 else value[repeat]).T)
   numbers = {name: (adapter[path].a.shape[-1], alpha_of(config.block.lora, path)) for name, path, _ in changed}
-  text = json.dumps({'base_model_name_or_path': base} | _settings(config.block.lora, modules, numbers), indent=2)
-  try:
-    os.makedirs(folder, exist_ok=True)
-    write_safetensors(os.path.join(folder, TENSORS), tensors)
-    path = os.path.join(folder, CONFIG)
-    with open(f'{path}.tmp', 'w', encoding='utf-8') as file: file.write(f'{text}\n')
-    os.replace(f'{path}.tmp', path)
-  except OSError as error:
-    raise UserError(f'{folder} cannot be written: {error.strerror}') from None
+  settings = {'base_model_name_or_path': base} | _settings(config.block.lora, modules, numbers)
+  write_described(folder, (TENSORS, tensors), (CONFIG, settings))
 
 
 def load_peft(folder: str, config: ModelConfig) -> tuple[ModelConfig, Adapter]:

@@ -4,7 +4,6 @@ The folder has `quantized.safetensors`, tensors by their Hugging Face names (a k
 of outputs), and `quantization.json`, which says what model they are. No float copy of a kernel is written, read or kept.
 """
 import functools
-import json
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +16,7 @@ from jax.sharding import Mesh
 import memjax
 from memjax.adapters.families import Place, stored_places, tensor_places
 from memjax.adapters.pretrained import Tensors, load_params, read_json
-from memjax.adapters.safetensors import FLOATS, INTEGERS, SafeTensors, write_safetensors
+from memjax.adapters.safetensors import FLOATS, INTEGERS, SafeTensors, write_described
 from memjax.config.codec import freeze, to_json
 from memjax.config.errors import ConfigError, UserError, shown
 from memjax.config.lora import LoraConfig
@@ -187,15 +186,8 @@ def save_quantized(folder: str, config: ModelConfig, params: Mapping[str, Any]) 
   for path in sorted(set(named(params)) - {'/'.join(place.path) for place in places.values()}):
     raise UserError(f'{path} belongs to no checkpoint of a host; save the memories in files of their own')
   rows = {name: _Row(params, place) for name, place in places.items()}
-  text = json.dumps({'version': VERSION, 'memjax': memjax.__version__, 'storage': config.block.quant.storage,
-                     'tensors': {name: {'dtype': row.dtype.name, 'shape': list(row.shape)} for name, row in rows.items()
-                                 if row.dtype != np.float32}, 'model': to_json(config)}, indent=1)
-  path = os.path.join(folder, DESCRIPTION)
-  try:
-    os.makedirs(folder, exist_ok=True)
-    write_safetensors(os.path.join(folder, FILE), rows, TYPES)
-    with open(f'{path}.tmp', 'w', encoding='utf-8') as file: file.write(text + '\n')
-    os.replace(f'{path}.tmp', path)
-  except OSError as error:
-    raise UserError(f'{folder} cannot be written: {error.strerror}') from None
+  text = {'version': VERSION, 'memjax': memjax.__version__, 'storage': config.block.quant.storage,
+          'tensors': {name: {'dtype': row.dtype.name, 'shape': list(row.shape)} for name, row in rows.items() if row.dtype != np.float32},
+          'model': to_json(config)}
+  write_described(folder, (FILE, rows), (DESCRIPTION, text), TYPES)
   return [FILE, DESCRIPTION]

@@ -203,3 +203,30 @@ def _nothing(folder: str) -> str:
   if not os.path.isdir(folder): return f'no such folder: {folder}'
   other = [name for name in sorted(os.listdir(folder)) if name.endswith(('.bin', '.pt', '.pth', '.gguf'))]
   return f'{folder} has neither {SINGLE} nor {INDEX}' + (f'; {other[0]} is of another format' if other else '')
+
+
+def write_json(path: str, tree: Any) -> None:
+  """Leaves the file whole or not at all. Raises UserError where the machine refuses."""
+  try:
+    _put_json(path, tree)
+  except OSError as error:
+    raise UserError(f'{path} cannot be written: {error.strerror}') from None
+
+
+def _put_json(path: str, tree: Any) -> None:
+  with open(f'{path}.tmp', 'w', encoding='utf-8') as file: file.write(json.dumps(tree, indent=2, ensure_ascii=False) + '\n')
+  os.replace(f'{path}.tmp', path)
+
+
+def write_described(folder: str, tensors: tuple[str, Mapping[str, Any]], description: tuple[str, Any],
+                    types: Mapping[str, Any] = FLOATS) -> None:
+  """Leaves two files in a folder, which is made where it is missing: (name, tensors) and then (name, what they are).
+
+  Raises UserError as `write_safetensors`, and where the machine refuses.
+  """
+  try:
+    os.makedirs(folder, exist_ok=True)
+    write_safetensors(os.path.join(folder, tensors[0]), tensors[1], types)
+    _put_json(os.path.join(folder, description[0]), description[1])
+  except OSError as error:
+    raise UserError(f'{folder} cannot be written: {error.strerror}') from None

@@ -10,7 +10,7 @@ import numpy as np
 from memjax.adapters import graft
 from memjax.adapters.export_config import config_json, difference, plain_config, without_windows
 from memjax.adapters.export_gguf import gguf_metadata, gguf_name, gguf_tensors
-from memjax.adapters.export_hf import SHARD, hf_rows, nbytes_of, write_json, write_weights
+from memjax.adapters.export_hf import SHARD, hf_rows, nbytes_of, write_weights
 from memjax.adapters.families import EMBED
 from memjax.adapters.gguf_model import GgufModel
 from memjax.adapters.gguf_write import write_gguf
@@ -18,6 +18,7 @@ from memjax.adapters.lora import extract, merge, with_lora
 from memjax.adapters.peft import load_peft, save_peft
 from memjax.adapters.pretrained import load_params, open_pretrained
 from memjax.adapters.quantized import load_quantized, save_quantized
+from memjax.adapters.safetensors import write_json
 from memjax.config.errors import UserError
 from memjax.config.lora import LoraConfig
 from memjax.config.quant import PACKED, QuantConfig

@@ -1,5 +1,4 @@
 """How an exported model reads and writes: opened from a pretrained one or a run, written into a folder or as keys of GGUF."""
-import json
 import os
 import pathlib
 import re
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple
 from memjax.adapters.families import Keys
 from memjax.adapters.gguf_model import GgufModel
 from memjax.adapters.pretrained import read_json
+from memjax.adapters.safetensors import write_json
 from memjax.config.errors import UserError
 from memjax.data.chat import read_tokenizer_config
 from memjax.data.gguf_tokenizer import PREFIX, begins_with_bos
@@ -100,7 +100,7 @@ def write_texts(folder: str, texts: Texts) -> None:
   if texts.words.template is not None: (root / TEMPLATE).write_bytes(texts.words.template.source.encode())
   before = os.path.join(texts.folder, GENERATION) if texts.folder else ''
   given = read_json(before) if before and os.path.isfile(before) else SAMPLING
-  _write_json(root / GENERATION, {**given, **token_ids(texts)})
+  write_json(str(root / GENERATION), {**given, **token_ids(texts)})
 
 
 def token_ids(texts: Texts) -> dict[str, Any]:
@@ -120,7 +120,7 @@ def _make_tokenizer(root: pathlib.Path, texts: Texts) -> None:
   (root / FILE).write_text(inner.to_str(), encoding='utf-8')
   settings = {'tokenizer_class': 'PreTrainedTokenizerFast', 'add_bos_token': texts.has_bos, 'model_max_length': texts.context,
               'clean_up_tokenization_spaces': False}
-  _write_json(root / 'tokenizer_config.json', settings | {f'{name}_token': value for name, value in text.items()})
+  write_json(str(root / 'tokenizer_config.json'), settings | {f'{name}_token': value for name, value in text.items()})
 
 
 def gguf_texts(texts: Texts, rows: int) -> dict[str, Any]:
@@ -134,7 +134,3 @@ def gguf_texts(texts: Texts, rows: int) -> dict[str, Any]:
   keys |= gguf_ends(texts.ends, texts.special.get('eos', -1)) | {f'{PREFIX}add_bos_token': texts.has_bos}
   if texts.words.template is not None: keys['tokenizer.chat_template'] = texts.words.template.source
   return keys
-
-
-def _write_json(path: pathlib.Path, tree: Any) -> None:
-  path.write_text(json.dumps(tree, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
