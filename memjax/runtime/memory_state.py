@@ -120,15 +120,11 @@ class Resumed:
     session = Session(carry, self.position, self.position + tokens.size + max_new_tokens)
     session = sampler.extend(params, session, [tokens])
     into.append(Continuation(prompt))
-    def chunks(left):
-      nonlocal session
-      while left > 0:
-        session, token_BxN = sampler.advance(params, session, zeros_B, left)
-        self.state, self.position = session.carry.state, session.length
-        if not token_BxN.size: return
-        left -= token_BxN.shape[1]
+    def chunks():
+      for after, token_BxN in sampler.drawn(params, session, max_new_tokens):
+        self.state, self.position = after.carry.state, after.length
         yield token_BxN
-    return self.writer.follow(chunks(max_new_tokens), into)
+    return self.writer.follow(chunks(), into)
 
   def keep(self, path: str) -> None:
     """None; what was read and drawn, in a file for `path`."""

@@ -214,6 +214,15 @@ class Sampler:
     drawn = int(drawn)
     return session._replace(carry=carry, length=session.length + drawn), np.asarray(token_BxN)[:, :min(drawn, steps)]
 
+  def drawn(self, params: Any, session: Session, left: int) -> Iterator[tuple[Session, np.ndarray]]:
+    """Yields (the rows after them, int32 [B, n] tokens) until `left` columns have come or all rows have ended: then n may be 0."""
+    row_B = jnp.arange(session.carry.done_B.size, dtype=jnp.int32)
+    while left > 0:
+      session, token_BxN = self.advance(params, session, row_B, left)
+      left -= token_BxN.shape[1]
+      yield session, token_BxN          # also without tokens: the rows before it are used up
+      if not token_BxN.size: return
+
   def _check_room(self, session: Session, more: int) -> None:
     if session.length + more <= session.room: return
     raise UserError(f'a text of {session.length + more} tokens does not fit into a memory of {session.room}')
@@ -241,12 +250,9 @@ class Sampler:
     return self._stream(params, prompts, max_new_tokens, -(-total // BUCKET) * BUCKET)
 
   def _stream(self, params, prompts, max_new_tokens, room):
-    session, row_B = self.start(params, prompts, room), jnp.arange(len(prompts), dtype=jnp.int32)
-    while max_new_tokens > 0:
-      session, token_BxN = self.advance(params, session, row_B, max_new_tokens)
-      if not token_BxN.size: return
-      max_new_tokens -= token_BxN.shape[1]
-      yield token_BxN
+    session = self.start(params, prompts, room)
+    for _, token_BxN in self.drawn(params, session, max_new_tokens):
+      if token_BxN.size: yield token_BxN
 
 
 def generate(model: Any, params: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, chunk: int = CHUNK,

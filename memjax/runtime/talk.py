@@ -3,7 +3,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from memjax.config.errors import UserError
@@ -69,11 +68,8 @@ class Conversation:
     drawn: list[np.ndarray] = []
     def chunks():
       nonlocal session
-      left = max_new_tokens
-      while left > 0:
-        session, token_BxN = self.writer.sampler.advance(self.speaker.params, session, jnp.zeros((1,), jnp.int32), left)
-        if not token_BxN.size: return
-        left -= token_BxN.shape[1]
+      for after, token_BxN in self.writer.sampler.drawn(self.speaker.params, session, max_new_tokens):
+        session = after
         drawn.append(token_BxN[0])
         yield token_BxN
     for _, piece in self.writer.follow(chunks(), [row]): yield piece
