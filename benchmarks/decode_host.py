@@ -116,6 +116,7 @@ def measure(runs: dict[str, Callable], prompts: list[np.ndarray], *, tokens: int
   for number in range(repeats + 1):
     for name, run in runs.items():
       first, each, out[name] = run(prompts, tokens)
+      print(f'{len(prompts)} x {prompts[0].size}, {name}: prefill {1000 * first:.1f} ms, {1000 * each:.2f} ms a step', flush=True)
       if number: prefill.setdefault(name, []).append(first), step.setdefault(name, []).append(each)
   ours = out[OURS][:, :tokens]
   return [{'row': name, 'batch': len(prompts), 'prompt': prompts[0].size, 'prefill_ms': 1000 * statistics.median(prefill[name]),
