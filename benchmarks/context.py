@@ -167,13 +167,12 @@ def inputs_of(layer: Layer, length: int, begin: int = 0) -> tuple[jax.Array, jax
 def run_pieces(layer: Layer, case: common.Case, lengths: list[int], *, piece: int, patience: float) -> Iterator[tuple[int, float]]:
   """(tokens, seconds since the first) at each length, while the next one is due within patience. A first call warms up."""
   params, (x, position), empty = jax.jit(layer.init)(), inputs_of(layer, piece), lambda: layer.memory.init_state(1)
-  prepared = jax.jit(layer.prepare)(params)
+  prepared, positions = jax.jit(layer.prepare)(params), [jnp.int32(begin) + position for begin in range(0, max(lengths), piece)]
   jax.block_until_ready(case.call(params, x, position, empty(), prepared))
-  state, begin, started = jax.block_until_ready(empty()), jnp.int32(0), time.perf_counter()
+  state, started = jax.block_until_ready((empty(), positions))[0], time.perf_counter()
   following = dict(itertools.pairwise(sorted(lengths)))
-  for tokens in range(piece, max(lengths) + 1, piece):
-    y, state = case.call(params, x, position + begin, state, prepared)
-    begin = begin + piece
+  for tokens, position in zip(range(piece, max(lengths) + 1, piece), positions, strict=True):
+    y, state = case.call(params, x, position, state, prepared)
     if tokens not in lengths: continue
     jax.block_until_ready((y, state))
     seconds = time.perf_counter() - started
