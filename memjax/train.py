@@ -46,8 +46,8 @@ def build(config, tokenizer, sweep=None) -> Parts:
     raise UserError(f"model.mixers.{frozen}.quant.bits stores integers, which cannot be trained; set its quant.train='straight' "
                     'or quantise when reading the run (--quantize)')
   mesh = sharding.make_mesh(config.mesh)
-  sharding.check_batch(mesh, config.training.batch, config.training.accumulate)
-  model = build_decoder(config.model)
+  sharding.check_batch(mesh, config.training)
+  model = build_decoder(sharding.placed(config))
   shapes, axes = param_shapes(model)
   optimizer = make_optimizer(config.optimizer, shapes, config.training.steps, axes=axes, sweep=sweep)
   return Parts(config, tokenizer, model, mesh, optimizer, abstract_state(model, optimizer, config, mesh))
@@ -137,7 +137,7 @@ def train(parts: Parts, workdir: str, values: dict) -> int:
   config, labels = parts.config, open_labels(parts.config, parts.tokenizer, workdir)
   splits = {s: read_split(config, parts.tokenizer, s, labels) for s in ('train', config.evaluation.split, 'test')}
   state, early = start(parts, workdir, values, splits['train'].identity)
-  score = make_scorer(inference_model(config.model), config, parts.mesh)
+  score = make_scorer(inference_model(parts.model.config), config, parts.mesh)
   watch = lambda params: score(params, splits[config.evaluation.split], config.evaluation.batches)
   step = make_train_step(parts.model, parts.optimizer, config, parts.abstract)
   with contextlib.ExitStack() as stack:

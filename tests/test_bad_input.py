@@ -145,7 +145,8 @@ CONFIG_FILES = [
 OVERRIDES = [
   Row('unknown key', with_config('--config.model.widht=3'), "unknown key config.model.widht; did you mean 'width'?"),
   Row('unknown group', with_config('--config.modle.width=3'), "unknown key config.modle; did you mean 'model'?"),
-  Row('unknown key, no name near', with_config('--config.mesh.zzz=3'), 'config.mesh has data, fsdp, model'),
+  Row('unknown key, no name near', with_config('--config.mesh.zzz=3'), 'config.mesh has preset, data, fsdp, model, sequence'),
+  Row('unknown preset', with_config('--config.mesh.preset=sequence'), "'sequence'; did you mean 'sequence_parallel'?"),
   Row('key of another group', with_config('--config.steps=3'), "did you mean 'config.training.steps'?"),
   Row('unknown memory', with_config('--config.model.mixers.mom.heads=3'),
       "config.model.mixers.mom; did you mean 'mem'?"),

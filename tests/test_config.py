@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from memjax.config import attention, chat, lora, mixers, quant, schema
+from memjax.config import attention, chat, lora, mesh, mixers, quant, schema
 from memjax.config.banks import BankConfig, BankShapeConfig, RouterConfig
 from memjax.config.codec import clashes, describe, diff, freeze, from_json, read_config, thaw, to_json
 from memjax.config.errors import ConfigError, UserError
@@ -39,6 +39,9 @@ CHATS = 'training.mode=instruction data.source=path data.path=a data.order=packe
 
 # Overrides of BASE in words, and the path and text of the refusal. Each rule of mixers.py and schema.py has one at least.
 REFUSED = [
+  ('mesh.preset=dp mesh.fsdp=2', "config.mesh.fsdp=2 does not go with preset='dp', which splits data"),
+  ('mesh.preset=fsdp_tp mesh.model=1', "config.mesh.model=1 leaves nothing to preset='fsdp_tp'"),
+  ('mesh.preset=bank_parallel', "config.mesh.preset='bank_parallel' splits the chapters of banks; model.mixers holds none"),
   ('model.mixers.full.kv_heads=3', 'config.model.mixers.full.kv_heads=3 does not divide heads=8'),
   ('model.mixers.full.head_width=5', 'config.model.mixers.full.head_width=5 is odd'),
   ('model.mixers.full.heads=7', 'config.model.mixers.full.heads=7 does not divide width=64'),
@@ -199,7 +202,7 @@ def rules(module):
       yield node.lineno, ''.join(re.escape(part.value) if isinstance(part, ast.Constant) else '.*' for part in parts)
 
 
-@pytest.mark.parametrize('module', [attention, chat, lora, mixers, quant, schema], ids=lambda module: module.__name__.rpartition('.')[2])
+@pytest.mark.parametrize('module', [attention, chat, lora, mesh, mixers, quant, schema], ids=lambda module: module.__name__.rpartition('.')[2])
 def test_every_rule_has_a_case(module, base):
   messages = [refusal(overrides, base) for overrides, _ in REFUSED]
   for build, says in DIRECT:

@@ -240,6 +240,19 @@ def for_inference(mixers: dict[str, Any]) -> dict[str, Any]:
   return {name: one(mixer_config) for name, mixer_config in mixers.items()}
 
 
+def has_chapters(mixer_config: Any) -> bool:
+  """Whether a mixer is a bank whose chapters can lie on different devices."""
+  return mixer_config.kind == 'bank' and mixer_config.shape.chapters > 0 and mixer_config.mixing.combine != 'legacy_scale'
+
+
+def split_chapters(mixers: dict[str, Any], axis: str) -> dict[str, Any]:
+  """The mixers with the chapters of banks split over an axis of the mesh, where their config does not name one."""
+  def one(mixer_config):
+    if not has_chapters(mixer_config) or mixer_config.form.axis: return mixer_config
+    return dataclasses.replace(mixer_config, form=dataclasses.replace(mixer_config.form, axis=axis))
+  return {name: one(mixer_config) for name, mixer_config in mixers.items()}
+
+
 def read_only_banks(model_config: Any) -> str:
   """The name of a mixer whose table is stored as integers, '' for none."""
   stored = (name for name, mixer_config in model_config.mixers.items()

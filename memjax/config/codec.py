@@ -7,13 +7,15 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from memjax.config.errors import ConfigError, UserError, nearest, shown
+from memjax.config.mesh import AXES
 from memjax.config.mixers import MIXERS
 from memjax.config.options import hints, members, type_name
 from memjax.config.schema import Config
 
 ROOT = 'config'
 TAG = 'kind'
-RESUMABLE = frozenset({'training.steps', 'training.log_every', 'evaluation.every', 'checkpoint.every'})
+RESUMABLE = frozenset({'training.steps', 'training.log_every', 'evaluation.every', 'checkpoint.every', 'mesh.preset',
+                       *(f'mesh.{axis}' for axis in AXES)})
 
 
 class Entry(NamedTuple):

@@ -1,11 +1,12 @@
 """The configuration of a run as frozen dataclasses. Never None: 0, '' or () is off or automatic."""
 import memjax.config.context
 import memjax.config.neural  # noqa: F401  these register their kinds
-from memjax.config.banks import check_bank_width, own_dropout, sees_future, shared_table, table_of
+from memjax.config.banks import check_bank_width, has_chapters, own_dropout, sees_future, shared_table, table_of
 from memjax.config.chat import ChatConfig, check_mode
 from memjax.config.errors import check_pattern, refuse
 from memjax.config.layout import BARE, GATE, mixer_names, stages
 from memjax.config.lora import LoraConfig
+from memjax.config.mesh import MeshConfig
 from memjax.config.mixers import MIXERS, SEEDS, AttentionConfig
 from memjax.config.options import config, option
 from memjax.config.quant import QuantConfig
@@ -251,14 +252,6 @@ class CheckpointConfig:
 
 
 @config
-class MeshConfig:
-  """Devices along each axis; data 0 = all that remain."""
-  data: int = option(0, 'replicas; rows are split over data and fsdp', low=0)
-  fsdp: int = option(1, 'parameters split over this axis', low=1)
-  model: int = option(1, 'heads and hidden channels split over this axis', low=1)
-
-
-@config
 class Config:
   """Everything a run depends on."""
   name: str = option('', 'shown in figures and tables')
@@ -285,3 +278,5 @@ class Config:
            f'model.mixers.{ahead}.router.strategy sees the future and cannot generate; set evaluation.sample=0 or its inference')
     refuse(table > 0 and self.evaluation.stream, "evaluation.stream has no end; it needs model.embedding.position=''")
     check_mode(self)
+    refuse(self.mesh.preset == 'bank_parallel' and not any(map(has_chapters, self.model.mixers.values())),
+           "mesh.preset='bank_parallel' splits the chapters of banks; model.mixers holds none")

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from memjax.layers.axes import constrain
 from memjax.layers.linear import Linear, dropout
 from memjax.layers.lora import Lora
 
@@ -41,7 +42,7 @@ class MLP(nn.Module):
     def up(name):
       return Linear(self.hidden, ('embed', 'hidden'), std=self.std, name=name, **shared)(x_BxLxD)
     h_BxLxF = jax.nn.silu(up('gate')) * up('up') if self.activation == 'swiglu' else PLAIN[self.activation](up('up'))
-    h_BxLxF = nn.with_logical_constraint(h_BxLxF, ('batch', None, 'hidden'))
+    h_BxLxF = constrain(h_BxLxF, ('batch', 'tokens', 'hidden'))
     h_BxLxF = dropout(h_BxLxF, self.inner_dropout, key)
     down = Linear(x_BxLxD.shape[-1], ('hidden', 'embed'), std=self.out_std or self.std, name='down', **shared)
     return down(h_BxLxF)

@@ -9,6 +9,7 @@ from flax import struct
 from memjax.config.banks import own_dropout
 from memjax.config.layout import BARE, GATE, MAC, MAG, stages, suffix_of
 from memjax.config.schema import ModelConfig
+from memjax.layers.axes import constrain
 from memjax.layers.linear import Linear, dropout
 from memjax.layers.lora import FLOAT, Lora
 from memjax.layers.mlp import MLP, hidden_width
@@ -136,7 +137,7 @@ class Layer(nn.Module):
     def residual(x, branch, *, name, rate, noise):
       y = branch(norm(name)(x) if pre else x)
       x = x + dropout(y, rate, noise)
-      return nn.with_logical_constraint(x if pre else norm(name)(x), ('batch', None, None))
+      return constrain(x if pre else norm(name)(x), ('batch', 'tokens', None))
     new, aux, entry_BxLxD = {}, {}, x_BxLxD
     for number, (names, wiring) in enumerate(stages(self.layer)):
       suffix, own = suffix_of(number), fold(key, 16 + number) if number else key

@@ -12,6 +12,7 @@ from memjax.config.layout import mixer_names, stacks, stages, suffix_of
 from memjax.config.lora import check_found
 from memjax.config.quant import check_stored
 from memjax.config.schema import ModelConfig
+from memjax.layers.axes import constrain
 from memjax.layers.embed import Embed, PositionTable
 from memjax.layers.linear import Linear, dropout
 from memjax.layers.lora import NOISE
@@ -75,7 +76,7 @@ class Decoder(nn.Module):
     x_BxLxD = embed(token_BxL)
     if c.embedding.position:
       x_BxLxD += PositionTable(c.embedding.max_position, c.width, c.embedding.std, dtype, name='position')(position_BxL)
-    x_BxLxD = nn.with_logical_constraint(dropout(x_BxLxD, c.block.dropout, fold(key, 0)), ('batch', None, None))
+    x_BxLxD = constrain(dropout(x_BxLxD, c.block.dropout, fold(key, 0)), ('batch', 'tokens', None))
     banks = {name: make_table(c.mixers[mixer], c.width, name=f'bank_{name}')() for name, mixer in shared_tables(c).items()}
     flow = Flow(position_BxL, mask_BxL, write_mask_BxL, reset_BxL, token_BxL, banks, frozen, silent)
     new, aux = {}, {}
@@ -89,7 +90,7 @@ class Decoder(nn.Module):
       head = Linear(c.vocabulary, ('embed', 'vocabulary'), std=c.block.init_std, dtype=dtype, lora=settings(c), name='head')
       logits_BxLxA = head(x_BxLxD)
     wide = jnp.promote_types(jnp.float32, dtype)
-    return nn.with_logical_constraint(logits_BxLxA.astype(wide), ('batch', None, 'vocabulary')), new, summarise(aux, collect)
+    return constrain(logits_BxLxA.astype(wide), ('batch', 'tokens', 'vocabulary')), new, summarise(aux, collect)
 
   def _keys(self, part: str, key: jax.Array | None):
     return key if key is None or part != 'repeats' else jax.random.split(key, self.config.repeats)

@@ -1,4 +1,5 @@
 """Where arrays live: the mesh of a config, logical axis names to mesh axes, batches over devices. Plain JAX."""
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -8,38 +9,43 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from memjax.config.banks import split_chapters
 from memjax.config.errors import UserError
-from memjax.config.schema import MeshConfig
-from memjax.layers.axes import ROWS, spec_for
-
-AXES = ('data', 'fsdp', 'model')
+from memjax.config.mesh import AXES, MeshConfig
+from memjax.config.schema import Config, ModelConfig, TrainingConfig
+from memjax.layers.axes import ROWS, SEQUENCE, spec_for
 
 
 def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
-  """The mesh with axes data, fsdp and model (axis type Auto: Linen's logical names fail under Explicit).
+  """The mesh with axes data, fsdp, model and sequence (axis type Auto: Linen's logical names fail under Explicit).
 
-  `data=0` takes all devices that remain; with `data` given, one process may use fewer devices than there are.
-  Raises UserError if the devices do not divide or are too few.
+  An axis of 0 takes all devices that remain, if it is the one of the preset; with that given, one process may use fewer
+  devices than there are. Raises UserError if the devices do not divide or are too few.
   """
   devices = list(jax.devices() if devices is None else devices)
-  inner = config.fsdp * config.model
-  if not config.data and len(devices) % inner:
-    raise UserError(f'mesh.fsdp={config.fsdp} x mesh.model={config.model} does not divide {len(devices)} devices')
-  data = config.data or len(devices) // inner
-  used = data * inner
-  if used > len(devices) or (used < len(devices) and jax.process_count() > 1):
-    raise UserError(f'mesh {data} x {config.fsdp} x {config.model} (data x fsdp x model) wants {used} devices, '
-                    f'there are {len(devices)}')
-  return jax.make_mesh((data, config.fsdp, config.model), AXES, axis_types=(AxisType.Auto,) * 3,
-                       devices=devices[:used])
+  sizes = config.sizes(len(devices))
+  used, named = math.prod(sizes.values()), ' x '.join(f'mesh.{axis}={size}' for axis, size in sizes.items() if size > 1)
+  if used > len(devices): raise UserError(f'{named} wants {used} devices, there are {len(devices)}')
+  if used < len(devices) and (not getattr(config, config.rest) or jax.process_count() > 1):
+    raise UserError(f'{named or "mesh of one device"} does not divide {len(devices)} devices')
+  return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:used])
 
 
-def check_batch(mesh: Mesh, batch: int, accumulate: int = 1) -> None:
-  """Raises UserError unless the rows of a micro-batch split evenly over the data and fsdp axes of the mesh."""
-  ways = math.prod(mesh.shape[a] for a in ROWS)
-  if batch % (ways * accumulate):
-    raise UserError(f'training.batch={batch} in {accumulate} micro-batches does not split over {ways} devices '
-                    f'(mesh.data x mesh.fsdp); use a multiple of {ways * accumulate} or a smaller mesh.data')
+def check_batch(mesh: Mesh, training: TrainingConfig) -> None:
+  """Raises UserError unless the rows of a micro-batch split over the data and fsdp axes of the mesh, and their tokens over the
+  sequence axis."""
+  batch, ways, pieces = training.batch, math.prod(mesh.shape[a] for a in ROWS), mesh.shape[SEQUENCE]
+  if batch % (ways * training.accumulate):
+    raise UserError(f'training.batch={batch} in {training.accumulate} micro-batches does not split over {ways} devices '
+                    f'(mesh.data x mesh.fsdp); use a multiple of {ways * training.accumulate} or a smaller mesh.data')
+  length, name = (training.bptt, 'bptt') if training.bptt else (training.length, 'length')
+  if length % pieces: raise UserError(f'training.{name}={length} does not split over mesh.sequence={pieces} devices')
+
+
+def placed(config: Config) -> ModelConfig:
+  """The model as it is built on the mesh of a config: under 'bank_parallel' the chapters of banks lie on different devices."""
+  if config.mesh.preset != 'bank_parallel': return config.model
+  return dataclasses.replace(config.model, mixers=split_chapters(config.model.mixers, config.mesh.rest))
 
 
 def shardings_for(axes_tree: Any, mesh: Mesh, shapes: Any) -> Any:
@@ -51,9 +57,9 @@ def shardings_for(axes_tree: Any, mesh: Mesh, shapes: Any) -> Any:
                             for a, leaf in zip(axes, leaves, strict=True)])
 
 
-def batch_shardings(tree: Any, mesh: Mesh) -> Any:
-  """NamedSharding of arrays whose axis 0 is the batch: rows over data and fsdp, replicated where they do not divide."""
-  return jax.tree.map(lambda x: NamedSharding(mesh, spec_for(('batch', *(None,) * (x.ndim - 1)), x.shape, mesh)), tree)
+def batch_shardings(tree: Any, mesh: Mesh, axes: tuple[str, ...] = ('batch',)) -> Any:
+  """NamedSharding of arrays whose first axes are those named: rows over data and fsdp, replicated where they do not divide."""
+  return jax.tree.map(lambda x: NamedSharding(mesh, spec_for(axes[:x.ndim], x.shape, mesh)), tree)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -66,7 +72,7 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
   processes = jax.process_count()
   def put(x):
     whole = jax.ShapeDtypeStruct((x.shape[0] * processes, *x.shape[1:]), x.dtype)
-    return jax.make_array_from_process_local_data(batch_shardings(whole, mesh), x, whole.shape)
+    return jax.make_array_from_process_local_data(batch_shardings(whole, mesh, ('batch', 'tokens')), x, whole.shape)
   return jax.tree.map(put, batch)
 
 

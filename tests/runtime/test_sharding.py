@@ -6,12 +6,14 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from memjax.config.errors import UserError
-from memjax.config.schema import MeshConfig
+from memjax.config.schema import MeshConfig, TrainingConfig
 from memjax.runtime import sharding
 
 
 @pytest.mark.parametrize('config, shape', [
-    (MeshConfig(), (8, 1, 1)), (MeshConfig(fsdp=2, model=2), (2, 2, 2)), (MeshConfig(data=1, model=4), (1, 1, 4))])
+    (MeshConfig(), (8, 1, 1, 1)), (MeshConfig(fsdp=2, model=2), (2, 2, 2, 1)), (MeshConfig(data=1, model=4), (1, 1, 4, 1)),
+    (MeshConfig(preset='dp'), (8, 1, 1, 1)), (MeshConfig(preset='fsdp', data=2), (2, 4, 1, 1)), (MeshConfig(preset='fsdp_tp'), (1, 4, 2, 1)),
+    (MeshConfig(preset='bank_parallel'), (1, 8, 1, 1)), (MeshConfig(preset='sequence_parallel', data=2), (2, 1, 1, 4))])
 def test_mesh_shapes(config, shape):
   assert tuple(sharding.make_mesh(config).shape.values()) == shape
 
@@ -24,8 +26,16 @@ def test_mesh_errors_are_one_line(config, words):
 
 def test_batch_must_split_over_the_rows_of_the_mesh():
   mesh = sharding.make_mesh(MeshConfig(fsdp=2, model=2))
-  sharding.check_batch(mesh, 8, 2)
-  with pytest.raises(UserError, match='use a multiple of 16'): sharding.check_batch(mesh, 8, 4)
+  sharding.check_batch(mesh, TrainingConfig(batch=8, accumulate=2))
+  with pytest.raises(UserError, match='use a multiple of 16'): sharding.check_batch(mesh, TrainingConfig(batch=8, accumulate=4))
+
+
+def test_rows_must_split_into_pieces():
+  mesh = sharding.make_mesh(MeshConfig(preset='sequence_parallel'))
+  sharding.check_batch(mesh, TrainingConfig(length=64))
+  with pytest.raises(UserError, match='training.length=65 does not split over mesh.sequence=8'):
+    sharding.check_batch(mesh, TrainingConfig(length=65))
+  with pytest.raises(UserError, match='training.bptt=4 does not split'): sharding.check_batch(mesh, TrainingConfig(length=64, bptt=4))
 
 
 def test_axes_that_do_not_divide_are_replicated():
