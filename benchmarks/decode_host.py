@@ -125,15 +125,17 @@ def measure(runs: dict[str, Callable], prompts: list[np.ndarray], *, tokens: int
           for name in runs]
 
 
-def targets(rows: list[dict[str, Any]], wanted: float) -> list[dict[str, Any]]:
-  """Ours over the better of theirs, at each batch and prompt; None where theirs did not run."""
-  judged = []
+def targets(rows: list[dict[str, Any]], wanted: float, *, tokens: int = 0) -> list[dict[str, Any]]:
+  """Ours over the better of theirs, at each batch and prompt: steps, and with `tokens` also a prefill with as many; None where
+  theirs did not run."""
+  judged, parts = [], {'decode': lambda row: row['batch'] / row['tokens_per_second']}
+  if tokens: parts[f'prefill and {tokens} tokens'] = lambda row: row['prefill_ms'] / 1000 + tokens * parts['decode'](row)
   for batch, prompt in dict.fromkeys((row['batch'], row['prompt']) for row in rows):
     here = {row['row']: row for row in rows if (row['batch'], row['prompt']) == (batch, prompt)}
-    peers = [row for name, row in here.items() if name != OURS]
-    best = max((row['tokens_per_second'] for row in peers), default=None)
-    judged.append({'what': f'decode, batch {batch}, prompt {prompt}: memjax over transformers', 'target': wanted,
-                   'value': here[OURS]['tokens_per_second'] / best if best else None})
+    for what, seconds in parts.items():
+      best = min((seconds(row) for name, row in here.items() if name != OURS), default=None)
+      judged.append({'what': f'{what}, batch {batch}, prompt {prompt}: memjax over transformers', 'target': wanted,
+                     'value': best / seconds(here[OURS]) if best else None})
   return judged
 
 
@@ -164,7 +166,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
   common.show(f'{os.path.basename(a.model)}, {a.dtype}: {weights / 1e6:.0f} MB of weights, {speed / 1e9:.1f} GB/s, '
               f'floor {1000 * weights / speed:.2f} ms a step', rows,
               ('prompt', 'batch', 'row', 'prefill_ms', 'ms_per_step', 'tokens_per_second', 'best', 'same_tokens'))
-  judged = targets(rows, 3.0 if common.on_gpu() else 1.0)
+  judged = targets(rows, 3.0, tokens=a.tokens) if common.on_gpu() else targets(rows, 1.0)
   common.judge(judged)
   result = {'model': os.path.basename(a.model), 'dtype': a.dtype, 'weight_bytes': weights, 'read_bytes_per_second': speed,
             'floor_ms': 1000 * weights / speed, 'tokens': a.tokens, 'repeats': a.repeats, 'versions': versions, 'rows': rows,
