@@ -20,6 +20,10 @@ from absl import flags, logging
 logging.set_verbosity(logging.WARNING)
 if not flags.FLAGS.is_parsed(): flags.FLAGS.mark_as_parsed()
 
+from tests import without
+
+without.take_away(without.wanted())
+
 
 @pytest.fixture(autouse=True)
 def _log_level():

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from memjax.config.errors import UserError
+from memjax.ops.probe import works
 
 KINDS = ('phasor', 'bipolar', 'hrr', 'unitary', 'hlb', 'none')
 PACKED = ('hrr', 'unitary')
@@ -126,11 +127,27 @@ def resolve_transform(kind: str, transform: str = '') -> str:
   return transform or 'dft'
 
 
+@functools.cache
+def has_fft() -> bool:
+  """Whether the default device computes FFTs and complex numbers; without them `fft` is computed as `dft`."""
+  x = np.arange(4, dtype=np.float32)
+  def attempt():
+    z = jnp.fft.rfft(jnp.asarray(x))
+    return jnp.abs(jnp.fft.irfft(jax.lax.complex(z.real, z.imag) * z, n=4) - np.array([10, 12, 10, 4])).max() < 1e-4
+  return works('FFT', attempt)
+
+
+def multiply_complex(x, y):
+  """The products of phasors [re | im] by complex arithmetic: what `bind('phasor', x, y)` is without it."""
+  z = jax.lax.complex(*jnp.split(x, 2, -1)) * jax.lax.complex(*jnp.split(y, 2, -1))
+  return jnp.concatenate([z.real, z.imag], -1)
+
+
 def to_spectrum(x, transform: str):
   """The packed orthonormal spectrum of x over its last axis, in the dtype of x; 'folded' says that x already is one."""
   if resolve_transform('hrr', transform) == 'folded': return x
   width = x.shape[-1]
-  if transform == 'fft':
+  if transform == 'fft' and has_fft():
     z = jnp.fft.rfft(x.astype(jnp.promote_types(jnp.float32, x.dtype)), norm='ortho')
     real, pairs = 2 - width % 2, z[..., 1:(width + 1) // 2] * np.sqrt(2).astype(z.real.dtype)
     bins = [z.real[..., :1], z.real[..., -1:]][:real]
@@ -142,7 +159,7 @@ def from_spectrum(x, transform: str):
   """The signal whose packed orthonormal spectrum is x; the inverse of `to_spectrum`."""
   if resolve_transform('hrr', transform) == 'folded': return x
   width = x.shape[-1]
-  if transform == 'fft':
+  if transform == 'fft' and has_fft():
     wide = x.astype(jnp.promote_types(jnp.float32, x.dtype))
     bins, re, im = _parts(wide, 2 - width % 2)
     pairs = jax.lax.complex(re, im) * np.sqrt(0.5).astype(wide.dtype)

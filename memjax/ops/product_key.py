@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from memjax.config.errors import UserError
+from memjax.ops.top_k import largest
 
 
 def _wide(x):
@@ -42,9 +43,9 @@ def top_pairs(first_ZxN, second_ZxN, *, top_k: int):
   """
   sizes = first_ZxN.shape[-1], second_ZxN.shape[-1]
   if not 1 <= top_k <= sizes[0] * sizes[1]: raise UserError(f'top_k={top_k} must lie between 1 and the {sizes[0] * sizes[1]} slots')
-  (first, i), (second, j) = (jax.lax.top_k(x, min(top_k, size)) for x, size in zip((first_ZxN, second_ZxN), sizes, strict=True))
+  (first, i), (second, j) = (largest(x, min(top_k, size)) for x, size in zip((first_ZxN, second_ZxN), sizes, strict=True))
   a, b = _pairs(top_k, *sizes)
-  score, place = jax.lax.top_k(first[..., a] + second[..., b], top_k)
+  score, place = largest(first[..., a] + second[..., b], top_k)
   return jnp.take_along_axis(i[..., a] * sizes[1] + j[..., b], place, -1), score
 
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from memjax.config.errors import UserError
+from memjax.ops.top_k import largest
 
 
 def _wide(x):
@@ -200,6 +201,6 @@ def select(logit_ZxP, *, top_k: int, shared: int = 0, bias_P=None, weight_norm: 
   if weight_norm not in ('topk', 'full'): raise UserError(f'unknown weight norm {weight_norm!r}; topk or full')
   score = jax.lax.stop_gradient(routed)
   if bias_P is not None: score = jax.nn.softmax(score, -1) + bias_P.astype(score.dtype).reshape((1,) * (score.ndim - 1) + (-1,))
-  ids = jax.lax.top_k(score, top_k)[1]
+  ids = largest(score, top_k)[1]
   if weight_norm == 'full': return ids + shared, jnp.take_along_axis(jax.nn.log_softmax(routed, -1), ids, -1)
   return ids + shared, jax.nn.log_softmax(jnp.take_along_axis(routed, ids, -1), -1)

@@ -5,6 +5,7 @@ import numpy as np
 
 from memjax.config.errors import UserError
 from memjax.ops.keys import turn
+from memjax.ops.top_k import largest
 
 ADDRESS_KINDS = ('content', 'signed', 'softmax', 'sigmoid', 'top1', 'topk', 'scored')
 
@@ -27,7 +28,7 @@ def top(z, count: int):
   """
   if not 1 <= count <= z.shape[-1]: raise UserError(f'top_k={count} must lie between 1 and the {z.shape[-1]} slots')
   score = jax.nn.sigmoid(_wide(z))
-  index = jax.lax.top_k(z, count)[1]
+  index = largest(z, count)[1]
   chosen = jnp.sum(jax.nn.one_hot(index, z.shape[-1], dtype=score.dtype), -2) * score
   hard, soft = (x / jnp.sum(x, -1, keepdims=True) for x in (chosen, score))
   return (soft + jax.lax.stop_gradient(hard - soft)).astype(z.dtype)

@@ -9,6 +9,7 @@ import numpy as np
 from memjax.config.errors import ConfigError, UserError
 from memjax.config.options import config, option
 from memjax.models.decoder import prepare_memories, set_prompt_length
+from memjax.ops.top_k import largest
 from memjax.runtime.sharding import settle
 
 SEGMENT = 512      # tokens of a prompt that enter the model in one call; longer prompts take several
@@ -31,7 +32,7 @@ class Sampling:
 
 def keep_top_k(logits_BxA: jax.Array, k: int) -> jax.Array:
   """Logits with all but the k largest at -inf; equal logits rank by token id."""
-  value_BxK, token_BxK = jax.lax.top_k(logits_BxA, k)                    # of equal ones the first
+  value_BxK, token_BxK = largest(logits_BxA, k)                    # of equal ones the first
   return jnp.full_like(logits_BxA, -jnp.inf).at[jnp.arange(logits_BxA.shape[0])[:, None], token_BxK].set(value_BxK)
 
 
