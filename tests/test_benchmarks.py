@@ -90,7 +90,8 @@ def test_targets_take_the_faster_peer():
   rows = [row('memjax', 1, 30.0), row('transformers dynamic', 1, 20.0), row('transformers static', 1, 15.0), row('memjax', 8, 1.0)]
   assert [target['value'] for target in decode_host.targets(rows, 1.0)] == [1.5, None]
   rows = [{**row, 'prefill_ms': 100.0 if row['row'] == 'memjax' else 50.0} for row in rows]
-  assert [target['value'] for target in decode_host.targets(rows[:3], 1.0, tokens=3)] == pytest.approx([1.5, (0.05 + 3 / 20) / (0.1 + 3 / 30)])
+  values = [target['value'] for target in decode_host.targets(rows[:3], 1.0, tokens=3)]
+  assert values == pytest.approx([1.5, (0.05 + 3 / 20) / (0.1 + 3 / 30)])
 
 
 @pytest.mark.slow
