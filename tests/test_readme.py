@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import report
-from memjax import analyze, evaluate, export, generate, train
+from memjax import analyze, doctor, evaluate, export, generate, train
 from memjax.config.banks import BankConfig, BankShapeConfig
 from memjax.config.errors import UserError
 from memjax.config.flags import call, parse
@@ -23,11 +23,12 @@ from tests.pieces import make_workdir, small_config, write_plays
 ROOT = Path(__file__).parent.parent
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
 PAGES = [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *sorted((ROOT / 'docs').rglob('*.md'))]
-COMMANDS = {'train': train, 'evaluate': evaluate, 'generate': generate, 'analyze': analyze, 'export': export}
+COMMANDS = {'train': train, 'evaluate': evaluate, 'generate': generate, 'analyze': analyze, 'doctor': doctor, 'export': export}
 SMALL = {
   'train': ('--config.training.steps=4', '--config.training.length=32', '--config.training.batch=2', '--config.evaluation.batches=1',
             '--config.evaluation.sample=0', '--config.mesh.data=1', '--config.data.source=path', '--nofigures'),
-  'generate': ('--max_new_tokens=8',), 'evaluate': (), 'analyze': ('--tokens=32', '--rows=2', '--nocost'), 'export': ()}
+  'generate': ('--max_new_tokens=8',), 'evaluate': (), 'analyze': ('--tokens=32', '--rows=2', '--nocost'), 'export': (),
+  'doctor': ()}
 ROWS = {'cuDNN attention': 'attention', 'holographic mixing, elementwise binding': 'elementwise chunk',
         'holographic mixing, circular convolution (real DFT matmul)': 'convolution dft chunk'}
 
