@@ -9,6 +9,7 @@ from memjax.layers.norm import RMSNorm
 from memjax.memory.base import Memory, both, real_resets
 from memjax.ops.attention import attend, attend_ring, attend_window
 from memjax.ops.rope import frequencies, magnitude, rotate
+from memjax.ops.sequence import from_before, from_piece
 
 
 @struct.dataclass
@@ -35,6 +36,8 @@ class Attention(Memory):
 
   Persistent tokens (titans specification section 12) are learned keys and values, without position, that every query sees.
   """
+
+  has_pieces = False
 
   def setup(self):
     c, shared = self.config, dict(std=self.std, dtype=self.dtype, lora=self.lora)
@@ -174,6 +177,19 @@ class Attention(Memory):
 
 class Window(Attention):
   """Sliding-window attention: a ring of `window` slots, whatever the length of the text."""
+
+  has_pieces = True
+
+  def hands_over(self, length, *, mask_BxL=None, write_mask_BxL=None, **flow):
+    """Where a piece holds a window of tokens, and all are written: then its ring is that of its last tokens."""
+    return length >= self.config.window and mask_BxL is None and write_mask_BxL is None
+
+  def piece(self, state, inputs, *, axis, reset_BxL=None, **flow):
+    """The last keys and values of the piece before are the ring of this one."""
+    last = jax.tree.map(lambda a: a[:, -self.config.window:], (inputs, reset_BxL))
+    left, _ = self.parallel(jax.tree.map(jnp.zeros_like, state), last[0], reset_BxL=last[1])
+    new, y_BxLxE = self.parallel(from_before(left, state, axis), inputs, reset_BxL=reset_BxL)
+    return from_piece(new, axis), y_BxLxE
 
   def capacity(self, max_len: int) -> int:
     """M = window, whatever `max_len`."""

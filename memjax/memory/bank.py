@@ -50,6 +50,8 @@ class Bank(Memory):
   projection (and the router, by its losses) gets a gradient; from the second step on everything does.
   """
 
+  has_pieces = False
+
   def setup(self):
     c = self.config
     if not c.shape.share: self.bank = EntryTable(c, self.width, name='bank')

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from memjax.layers.lora import Lora
+from memjax.memory.pieces import mesh_of, over_pieces
 
 State = Any
 Inputs = Any
@@ -57,6 +58,7 @@ class Memory(nn.Module):
   order = 'after'      # read 'after' or 'before' the write of the same token
   reaches_back = True  # some earlier token can change the read of a later one
   wants_stream = False # `project` also takes the residual stream before the norm
+  has_pieces = True    # rows over several devices are read piece by piece; False: how is left to the compiler
 
   @property
   def state_dtype(self) -> Any:
@@ -122,6 +124,15 @@ class Memory(nn.Module):
     """All tokens: (state, y [B, L, E]); equals `scan`."""
     return self.scan(state, inputs, mask_BxL, write_mask_BxL=write_mask_BxL, reset_BxL=reset_BxL, **prepared)
 
+  def hands_over(self, length: int, **flow: jax.Array | None) -> bool:
+    """Whether pieces of `length` tokens on different devices can be read at the same time, by `piece`; no: in turn."""
+    del length, flow
+    return False
+
+  def piece(self, state: State, inputs: Inputs, *, axis: str, **flow: jax.Array | None) -> tuple[State, jax.Array]:
+    """`parallel` of one piece of the rows, inside of a `shard_map` over `axis`: state before the first and after the last piece."""
+    raise NotImplementedError
+
   def mix(self, x_BxLxD: jax.Array, state: State, *, position_BxL: jax.Array, mask_BxL: jax.Array | None = None,
           write_mask_BxL: jax.Array | None = None, reset_BxL: jax.Array | None = None, key: jax.Array | None = None,
           token_BxL: jax.Array | None = None, stream_BxLxD: jax.Array | None = None, banks: dict | None = None,
@@ -140,6 +151,8 @@ class Memory(nn.Module):
       first = lambda tree: jax.tree.map(lambda a: a[:, 0], tree)
       new, y_BxE = self.step(state, first(inputs), first(mask_BxL), write_mask_B=first(write_mask_BxL), reset_B=first(reset_BxL), **given)
       y_BxLxE = y_BxE[:, None]
+    elif self.has_pieces and (mesh := mesh_of(x_BxLxD.shape[1])) and not self.is_initializing():
+      new, y_BxLxE = over_pieces(self, mesh, state, inputs, mask_BxL=mask_BxL, write_mask_BxL=write_mask_BxL, reset_BxL=reset_BxL)
     else:
       new, y_BxLxE = self.parallel(state, inputs, mask_BxL, write_mask_BxL=write_mask_BxL, reset_BxL=reset_BxL, **given)
     context = dict(mask_BxL=mask_BxL, write_mask_BxL=write_mask_BxL, reset_BxL=reset_BxL, key=key, token_BxL=token_BxL, **given)

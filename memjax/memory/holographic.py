@@ -152,16 +152,27 @@ class Holographic(Memory):
     if not self.config.tiers.kind: return self._mix_items(state, inputs, mask_BxL, **flow)
     return self._mix_tiers(state, inputs, mask_BxL, **flow)
 
-  def _items(self, state, inputs, mask_BxL, *, write_mask_BxL=None, reset_BxL=None) -> tuple[Items, jax.Array, Any]:
+  def hands_over(self, length, *, mask_BxL=None, write_mask_BxL=None, **flow):
+    """Where the slots are a sum over pieces (no delta rule, no tiers, not token by token), and all tokens are written."""
+    c = self.config
+    is_sum = self.form != 'scan' and not c.tiers.kind and c.keep.erase != 'slot'
+    return is_sum and length >= c.conv_width and mask_BxL is None and write_mask_BxL is None
+
+  def piece(self, state, inputs, *, axis, reset_BxL=None, **flow):
+    """Each piece sums up its own tokens and takes what those before it left."""
+    return self._mix_items(state, inputs, None, write_mask_BxL=None, reset_BxL=reset_BxL, axis=axis)
+
+  def _items(self, state, inputs, mask_BxL, *, write_mask_BxL=None, reset_BxL=None, axis='') -> tuple[Items, jax.Array, Any]:
     reset_BxL = real_resets(reset_BxL, mask_BxL)
     written_BxL = both(mask_BxL, write_mask_BxL)
-    streams, tail = self.projections.convolve(state.tail_BxTxE, inputs, written_BxL=written_BxL, reset_BxL=reset_BxL)
+    streams, tail = self.projections.convolve(state.tail_BxTxE, inputs, written_BxL=written_BxL, reset_BxL=reset_BxL, axis=axis)
     return self.projections.items(streams, inputs, write_mask_BxL), tail, reset_BxL
 
-  def _mix_items(self, state, inputs, mask_BxL, *, write_mask_BxL, reset_BxL):
-    items, tail, reset_BxL = self._items(state, inputs, mask_BxL, write_mask_BxL=write_mask_BxL, reset_BxL=reset_BxL)
+  def _mix_items(self, state, inputs, mask_BxL, *, write_mask_BxL, reset_BxL, axis=''):
+    items, tail, reset_BxL = self._items(state, inputs, mask_BxL, write_mask_BxL=write_mask_BxL, reset_BxL=reset_BxL, axis=axis)
+    pieces = {'axis': axis} if axis else {}
     def run(m, items):
-      m, mixed = self.mixing(m, items, mask_BxL=mask_BxL, reset_BxL=reset_BxL)
+      m, mixed = self.mixing(m, items, mask_BxL=mask_BxL, reset_BxL=reset_BxL, **pieces)
       return m, self._reads(mixed, items)
     m, y_BxLxE = (jax.checkpoint(run) if self.config.form.remat else run)(state.m_BxHxSxK, items)
     if mask_BxL is not None: y_BxLxE = jnp.where(mask_BxL[..., None], y_BxLxE, 0)

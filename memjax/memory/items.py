@@ -15,6 +15,7 @@ from memjax.memory.tiers import FAST_DECAY
 from memjax.ops.binding import bind, key_map, real_bins, resolve_transform, to_spectrum
 from memjax.ops.keys import fractional_code, fractional_phases, permutation, permute, random_keys
 from memjax.ops.routing import address_map, log_keep_map, pick_map, rotate_slots, spaced_decay, tied_log_keep
+from memjax.ops.sequence import from_before, from_piece
 
 SLOT_KINDS = ('sigmoid', 'softmax', 'scored', 'top1', 'topk')   # routers that read the layer input, not their own streams
 
@@ -153,21 +154,27 @@ class Projections(nn.Module):
         out[name] = logit + getattr(self, f'{name}_bias').astype(wide).reshape(1, 1, -1)
     return out
 
-  def convolve(self, tail_BxTxE, inputs, *, written_BxL=None, reset_BxL=None) -> tuple[dict[str, jax.Array], jax.Array]:
-    """(streams after the short convolution, next tail). The tail holds the raw sources side by side."""
+  def convolve(self, tail_BxTxE, inputs, *, written_BxL=None, reset_BxL=None, axis='') -> tuple[dict[str, jax.Array], jax.Array]:
+    """(streams after the short convolution, next tail). The tail holds the raw sources side by side; with pieces of the rows over
+    `axis`, that of the piece before."""
     streams = {n: inputs['streams'][source] for n, (source, _) in self.readers.items()}
     if not self.convolved: return streams, tail_BxTxE
     taps = find_taps(self.config.conv_width, inputs['position_BxL'].shape[1], written_BxL=written_BxL, reset_BxL=reset_BxL)
-    edges = np.cumsum([0, *self.tails.values()])
-    own = {s: tail_BxTxE[..., a:b] for s, a, b in zip(self.tails, edges[:-1], edges[1:], strict=True)}
+    if axis: tail_BxTxE = from_before(self._next_tail(inputs, jnp.zeros_like(tail_BxTxE), taps), tail_BxTxE, axis)
+    own = self._sources(tail_BxTxE)
     for name in self.convolved:
       source, channels = self.readers[name]
       copies = (1, 1, channels // self.sources[source])
       streams[name] = short_conv(jnp.tile(streams[name], copies), self.taps[name], jnp.tile(own[source], copies), taps)
-    return streams, self._next_tail(inputs, own, taps)
+    tail_BxTxE = self._next_tail(inputs, tail_BxTxE, taps)
+    return streams, from_piece(tail_BxTxE, axis) if axis else tail_BxTxE
 
-  def _next_tail(self, inputs, own, taps: Taps):
-    return jnp.concatenate([next_tail(inputs['streams'][source], tail, taps) for source, tail in own.items()], -1)
+  def _sources(self, tail_BxTxE):
+    edges = np.cumsum([0, *self.tails.values()])
+    return {s: tail_BxTxE[..., a:b] for s, a, b in zip(self.tails, edges[:-1], edges[1:], strict=True)}
+
+  def _next_tail(self, inputs, tail_BxTxE, taps: Taps):
+    return jnp.concatenate([next_tail(inputs['streams'][source], tail, taps) for source, tail in self._sources(tail_BxTxE).items()], -1)
 
   def items(self, streams, inputs, written_BxL=None) -> Items:
     """Keys, addresses, keep and gate of convolved streams. Tokens that may not write have no address and forget nothing."""

@@ -25,6 +25,8 @@ class ProductKey(Memory):
   Berges et al. 2024). Each head has its own half-keys, U(+-1/sqrt(K/2)); all heads (and, shared, all layers) one table."""
   reaches_back = False       # every token looks up the table alone
 
+  has_pieces = False
+
   def setup(self):
     c = self.config
     if not c.share: self.bank = ValueTable(c, self.width, name='bank')

@@ -4,15 +4,17 @@ import jax.numpy as jnp
 
 from memjax.config.errors import UserError
 from memjax.ops.chunked import Chunks, keeps
+from memjax.ops.sequence import hand_over
 
 CARRIES = ('auto', 'scan', 'matmul', 'associative')
 
 
-def carry(c: Chunks, state_BxHxSxK, write_BxHxNxSxK, *, how: str = 'auto'):
+def carry(c: Chunks, state_BxHxSxK, write_BxHxNxSxK, *, how: str = 'auto', axis: str = ''):
   """(states before each chunk [B, H, N, S, K], final state [B, H, S, K]).
 
   scan: one small step a chunk, best on CPU; matmul: one N x N decay matrix per head (or slot), best for few chunks on
-  an accelerator; associative: log N steps. auto chooses by backend and sizes. Raises UserError for another name.
+  an accelerator; associative: log N steps. auto chooses by backend and sizes. With `axis`, the chunks are those of one piece of
+  a sequence over that axis of a mesh (see `ops.sequence`). Raises UserError for another name.
   """
   if how not in CARRIES: raise UserError(f'unknown carry {how!r}; one of {", ".join(CARRIES)}')
   N, S, K = write_BxHxNxSxK.shape[2:]
@@ -21,7 +23,22 @@ def carry(c: Chunks, state_BxHxSxK, write_BxHxNxSxK, *, how: str = 'auto'):
     how = 'matmul' if slots * N <= S * K else 'associative'
     if jax.default_backend() == 'cpu': how = 'scan'
   if N == 1: how = 'scan'
-  return {'scan': _scan, 'matmul': _matmul, 'associative': _associative}[how](c, state_BxHxSxK, write_BxHxNxSxK)
+  run = {'scan': _scan, 'matmul': _matmul, 'associative': _associative}[how]
+  if not axis: return run(c, state_BxHxSxK, write_BxHxNxSxK)
+  before, left = run(c, jnp.zeros_like(state_BxHxSxK), write_BxHxNxSxK)
+  since = _since(c, N, write_BxHxNxSxK.dtype)
+  first, final = hand_over(since[:, :, -1], left, state_BxHxSxK, axis)
+  return before + since[:, :, :-1] * first[:, :, None], final
+
+
+def _since(c, count, dtype):
+  """Decay of the state before all chunks up to each border of chunks, [b, H, N + 1, s, 1]; zero once a segment started."""
+  log = jnp.zeros((1, 1, 1, 1), dtype) if c.total is None else c.total[..., -1, :]
+  log = jnp.broadcast_to(log, (*log.shape[:2], count, log.shape[3]))
+  since = jnp.exp(jnp.pad(jnp.cumsum(log, 2), ((0, 0), (0, 0), (1, 0), (0, 0))))[..., None]
+  if c.segment is None: return since
+  ids = jnp.concatenate([c.entering[..., 0], c.segment[:, :, -1:, -1]], 2)[..., None, None]
+  return jnp.where(ids == c.entering[:, :, :1, :1, None], since, 0)
 
 
 def _scan(c, state, write):

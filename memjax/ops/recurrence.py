@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from memjax.config.errors import UserError
 from memjax.ops import chunked
 from memjax.ops.carry import carry as carry_over
+from memjax.ops.sequence import hand_over
 
 FORMS, ORDERS = ('scan', 'associative', 'chunk'), ('after', 'before')
 
@@ -33,7 +34,7 @@ def slot_read(state_BxHxSxK, pick_BxGxHxS):
 
 def slot_mix(state_BxHxSxK, bound_BxLxHxK, address_BxLxHxS, pick_BxLxGxHxS, *, log_keep=None, order: str = 'after',
              reset_BxL=None, mask_BxL=None, form: str = 'chunk', chunk: int = 0, decay: str = 'auto', floor: float = -20.0,
-             carry: str = 'auto'):
+             carry: str = 'auto', axis: str = ''):
   """(final state, reads [B, L, G, H, K] in the dtype of bound) of L tokens.
 
   m_t = keep_t m_{t-1} + address_t (x) bound_t; y_t reads m_t, or m_{t-1} with order='before'. `log_keep` <= 0 is None,
@@ -41,11 +42,12 @@ def slot_mix(state_BxHxSxK, bound_BxLxHxK, address_BxLxHxS, pick_BxLxGxHxS, *, l
   associative only). reset: the state is zero before that token acts. mask False: the token does not exist; it leaves the
   state bit-equal and reads 0. form: scan | associative | chunk, all equal. chunk 0 = automatic. decay of keeps per slot:
   exact | factored (needs chunk * |floor| <= 160, where floor is the least log keep that occurs) | auto. carry between
-  chunks: see `ops.carry`. Compute follows the dtype of bound with fp32 accumulation, the state is never narrower than
-  fp32. Raises UserError for names, shapes of log keep, or a form that cannot be had.
+  chunks: see `ops.carry`. axis: the tokens are one piece of a sequence over that axis of a mesh (not with scan). Compute
+  follows the dtype of bound with fp32 accumulation, the state is never narrower than fp32. Raises UserError for names, shapes of
+  log keep, or a form that cannot be had.
   """
   inputs = clean(bound_BxLxHxK, address_BxLxHxS, pick_BxLxGxHxS, log_keep=log_keep, reset_BxL=reset_BxL, mask_BxL=mask_BxL)
-  options = dict(order=order, form=form, chunk=chunk, decay=decay, floor=floor, carry=carry)
+  options = dict(order=order, form=form, chunk=chunk, decay=decay, floor=floor, carry=carry, axis=axis)
   return _run(state_BxHxSxK, inputs, (slot_read, _chunk_read), mask_BxL=mask_BxL, **options)
 
 
@@ -115,15 +117,17 @@ def check(form: str, order: str, log_keep) -> None:
     raise UserError("keep per channel has no chunked form; use form='scan' or 'associative'")
 
 
-def _run(state, inputs, reads, *, mask_BxL, order='after', form='chunk', carry='auto', chunk=0, decay='auto', floor=-20.0):
+def _run(state, inputs, reads, *, mask_BxL, order='after', form='chunk', carry='auto', chunk=0, decay='auto', floor=-20.0,
+         axis=''):
   """(state, outputs) of any read that is linear in the state: `reads` are its one-token and its chunked function."""
   bound, _, _, log_keep, reset = inputs
   check(form, order, log_keep)
   state = state.astype(jnp.promote_types(jnp.float32, state.dtype))
   if form == 'chunk':
     c, size = plan(log_keep, reset, bound.shape[1], order=order, chunk=chunk, decay=decay, floor=floor)
-    state, y = _chunk(c, state, (inputs[:3], size), (reads[1], carry))
-  else: state, y = (_scan if form == 'scan' else _associative)(state, inputs, order, reads[0])
+    state, y = _chunk(c, state, (inputs[:3], size), (reads[1], carry, axis))
+  elif form == 'scan': state, y = _scan(state, inputs, order, reads[0])
+  else: state, y = _associative(state, inputs, (order, axis), reads[0])
   y = y.astype(bound.dtype)
   return state, y if mask_BxL is None else jnp.where(mask_BxL[:, :, None, None, None], y, 0)
 
@@ -146,8 +150,8 @@ def _scan(state, inputs, order, read):
   return state, jnp.moveaxis(y, 0, 1)
 
 
-def _associative(state, inputs, order, read):
-  bound, address, pick, log_keep, reset = inputs
+def _associative(state, inputs, ways, read):
+  (order, axis), (bound, address, pick, log_keep, reset) = ways, inputs
   write = address.astype(state.dtype)[..., None] * bound.astype(state.dtype)[:, :, :, None]
   keep = jnp.ones((1, 1, 1, 1, 1), state.dtype)
   if log_keep is not None: keep = jnp.exp(log_keep if log_keep.ndim == 5 else log_keep[..., None])
@@ -155,18 +159,20 @@ def _associative(state, inputs, order, read):
   keep = jnp.broadcast_to(keep, (keep.shape[0], bound.shape[1], *keep.shape[2:]))
   join = lambda x, y: (x[0] * y[0], y[0] * x[1] + y[1])
   since, m = jax.lax.associative_scan(join, (keep, write), axis=1)
+  final = m[:, -1] + since[:, -1] * state
+  if axis: state, final = hand_over(since[:, -1], m[:, -1], state, axis)
   m = m + since * state[:, None]
   seen = m
   if order == 'before':
     seen = jnp.concatenate([state[:, None], m[:, :-1]], 1)
     if reset is not None: seen = jnp.where(reset[:, :, None, None, None], 0, seen)
-  return m[:, -1], jax.vmap(read, 1, 1)(seen, pick)
+  return final, jax.vmap(read, 1, 1)(seen, pick)
 
 
 def _chunk(c, state, cut_up, ways):
-  (inputs, size), (read, how) = cut_up, ways
+  (inputs, size), (read, how, axis) = cut_up, ways
   b, a, p = (chunked.cut(x, size) for x in inputs)
-  before, state = carry_over(c, state, chunked.writes(c, b, a), how=how)
+  before, state = carry_over(c, state, chunked.writes(c, b, a), how=how, axis=axis)
   return state, chunked.join(read(c, before.astype(b.dtype), b, a, p), inputs[0].shape[1])
 
 
