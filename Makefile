@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 comma := ,
-PLACES := memjax tests configs benchmarks
+PLACES := memjax tests configs benchmarks launch
 
 .PHONY: help train test test-slow lint clean
 
