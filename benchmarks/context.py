@@ -227,7 +227,7 @@ def options(argv: list[str] | None) -> Any:
   a = make.parse_args(argv)
   large = common.on_gpu() and not a.small
   a.lengths = a.lengths or ([16_384 * 4 ** n for n in range(4)] if large else [1024, 4096, 16_384])
-  a.train_lengths = a.train_lengths or ([4096, 32_768, 262_144] if large else [512, 2048])
+  a.train_lengths = a.train_lengths or ([4096, 65_536, 262_144] if large else [512, 2048])
   a.piece, a.width = a.piece or (16_384 if large else 512), a.width or (1024 if large else 256)
   a.dtype = 'bfloat16' if common.on_gpu() else 'float32'
   return a
