@@ -4,9 +4,11 @@ Every seed at every peak rate trains at once, on random windows gathered on the 
 validation loss keeps its parameters, and training ends when no member has improved for --patience evaluations. The rate is
 chosen by validation. Every token is scored exactly once: in windows that overlap by --context, of which only the new part
 counts, or, for memories of fixed size, along contiguous lanes with the state carried; validation chooses between the two.
+Memories that learn at test time are scored along lanes also frozen (nothing is written) and off (what they read is zeros).
 
   python -m benchmarks.language --train T --valid V --test X                       bytes
   python -m benchmarks.language --tokens words --train wiki.train.tokens ...       words and <eos>
+  python -m benchmarks.language ... --models "MAC;MAG" --like MAC                  two of neural_models
 """
 import functools
 import math
@@ -18,9 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks import common, language_models
+from benchmarks import common, language_models, neural_models
 from memjax.data.tokenizers import ByteTokenizer, WordTokenizer
 from memjax.models.decoder import build_decoder, init_params
+from memjax.runtime.test_time import held, learners
 
 
 class Text(NamedTuple):
@@ -68,13 +71,14 @@ def sliding(model, a, params, stream, tokens, starts_NxB):
   return jax.lax.scan(batch, None, starts_NxB)[1]
 
 
-def carried(model, a, params, stream, tokens, segments_N):
-  """The same along `lanes` contiguous parts, each starting from an empty memory that is then carried to its end."""
+def carried(model, a, params, stream, tokens, segments_N, **hold):
+  """The same along `lanes` contiguous parts, each starting from an empty memory that is then carried to its end; `hold`: keywords of
+  the decoder."""
   first_B = jnp.arange(a.lanes) * (len(segments_N) * a.length)
   def segment(state, number):
     start_B = first_B + number * a.length
     position = jnp.broadcast_to(number * a.length + jnp.arange(a.length)[None], (a.lanes, a.length))
-    nll, state, _ = losses(model, params, state, window(stream, start_B, a.length), position_BxL=position)
+    nll, state, _ = losses(model, params, state, window(stream, start_B, a.length), position_BxL=position, **hold)
     counts = start_B[:, None] + jnp.arange(a.length)[None] < tokens
     return state, (jnp.where(counts, nll, 0).sum(), counts.sum())
   return jax.lax.scan(segment, model.init_state(a.lanes), segments_N)[1]
@@ -127,11 +131,12 @@ class Run:
                  'train': (train, (*shapes, texts['train'].stream, number, number, self.rate_M, self.seed_M))}
     recurrent = not any(mixer.kind == 'attention' for mixer in config.mixers.values())
     self.places = {'sliding': self._windows()} | ({'carried': self._segments()} if recurrent else {})
-    for name, function in {'sliding': sliding, 'carried': carried}.items():
-      if name not in self.places: continue
-      mapped = jax.vmap(functools.partial(function, self.model, a), (0, None, None, None))
-      self.jobs[name] = (mapped, (shapes[0], split.stream, number, self.places[name]))
     self.choices = list(self.places)               # ways of evaluation that validation chooses between
+    if learners(config): self.places |= dict.fromkeys(('frozen', 'off'), self.places['carried'])
+    for name, places in self.places.items():
+      hold = held(config, name) if name in ('frozen', 'off') else {}
+      function = functools.partial(sliding if name == 'sliding' else carried, self.model, a, **hold)
+      self.jobs[name] = jax.vmap(function, (0, None, None, None)), (shapes[0], split.stream, number, places)
     self.cases: dict[str, common.Case] = {}
 
   def _longest(self) -> int:
@@ -218,19 +223,23 @@ def arguments(argv, *, more=None, name: str = 'language', description: str = __d
   make.add_argument('--name', default='', help='of the text, for the table and the file')
   make.add_argument('--tokens', choices=('bytes', 'words'), default='bytes')
   make.add_argument('--models', type=lambda text: text.split(';'), default=list(language_models.NAMES[:4]),
-                    help=f'separated by ;, some of {"; ".join(language_models.NAMES)}; the first sets the number of parameters')
+                    help=f'separated by ;, some of {"; ".join((*language_models.NAMES, *neural_models.NAMES))}')
+  make.add_argument('--like', default='', help='model that sets the number of parameters; default the first')
   sizes = dict(width=256, layers=4, heads=4, hidden=0, window=64, batch=32, length=256, context=-1, steps=2000, warmup=100, eval_every=200,
                per_call=50, patience=0, seeds=3, eval_batch=32, lanes=4)
   for option, default in sizes.items(): make.add_argument(f'--{option}', type=int, default=default)
   make.add_argument('--rates', type=common.rates, default=(2e-3,), help='peak learning rates; validation chooses')
   make.add_argument('--dropout', type=float, default=0.0)
   make.add_argument('--weight_decay', type=float, default=0.1)
+  for option, default in dict(chunk=64, base=1.0, bias=0.0).items():
+    make.add_argument(f'--{option}', type=type(default), default=default, help='of neural_models')
   make.add_argument('--dtype', default='', choices=('', 'float32', 'bfloat16'), help='of compute; default bfloat16 on a GPU')
   if more: more(make)
   a = make.parse_args(argv)
   if a.small:                                    # other defaults; what the command line names still counts
     make.set_defaults(width=64, layers=2, steps=400, seeds=1, batch=16, length=128)
     a = make.parse_args(argv)
+  a.like = a.like or a.models[0]
   a.context = a.length // 2 if a.context < 0 else a.context
   a.dtype = a.dtype or ('bfloat16' if common.on_gpu() else 'float32')
   a.eval_every = max(a.per_call, a.eval_every // a.per_call * a.per_call)
@@ -244,9 +253,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
   texts, vocabulary = read_texts({split: getattr(a, split) for split in ('train', 'valid', 'test')}, a.tokens, a.length * (a.lanes + 2))
   name = 'language' + (f'-{a.name}' if a.name else '')
   sizes = dict(width=a.width, layers=a.layers, heads=a.heads, window=a.window, vocabulary=vocabulary, dropout=a.dropout, dtype=a.dtype)
-  configs = {model: language_models.model_config(model, hidden=a.hidden, **sizes) for model in a.models}
-  count = language_models.parameters(configs[a.models[0]])
-  configs = {model: c if model == a.models[0] else language_models.matched(c, count) for model, c in configs.items()}
+  def config_of(model):
+    if model in language_models.NAMES: return language_models.model_config(model, hidden=a.hidden, **sizes)
+    return neural_models.model_config(model, hidden=a.hidden, chunk=a.chunk, base=a.base, bias=a.bias, **sizes)
+  count = language_models.parameters(config_of(a.like))
+  configs = {model: config_of(model) if model == a.like else language_models.matched(config_of(model), count) for model in a.models}
   print('parameters: ' + ', '.join(f'{model} {language_models.parameters(c):,}' for model, c in configs.items()), flush=True)
   rows, options = [], {k: v for k, v in vars(a).items() if k not in ('train', 'valid', 'test', 'output', 'commit')}
   result = {'options': options, 'vocabulary': vocabulary, 'tokens': {s: t.tokens for s, t in texts.items()}, 'rows': rows,

@@ -44,6 +44,6 @@ def matched(config: ModelConfig, count: int) -> ModelConfig:
 def decays(params: Any) -> Any:
   """A tree of bools: the matrices, which alone decay; not tables, taps, biases or scales."""
   def of(path, leaf):
-    last = jax.tree_util.keystr(path[-1:])
-    return bool(np.ndim(leaf) > 1 and not any(word in last for word in ('table', 'taps', 'bias', 'scale')))
+    last, stacked = jax.tree_util.keystr(path[-1:]), 'repeats' in jax.tree_util.keystr(path[:1])
+    return bool(np.ndim(leaf) > 1 + stacked and not any(word in last for word in ('table', 'taps', 'bias', 'scale')))
   return jax.tree_util.tree_map_with_path(of, params)
