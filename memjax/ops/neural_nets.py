@@ -6,6 +6,7 @@ Fast tensors belong to one row and head, slow ones are ordinary parameters. Toke
 token is rank-1 in every fast tensor. x is [B, H, C, width]; fast matrices are [B, H, in, out], vectors [B, H, width].
 """
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -16,10 +17,24 @@ KINDS = ('linear', 'mlp', 'swiglu', 'gated', 'factorised', 'low_rank')
 EPSILON = 1e-5                       # of the layer norm
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _product(spec, a, b):
+  return jnp.einsum(spec, a, b, preferred_element_type=jnp.promote_types(jnp.float32, a.dtype))
+
+
+@_product.defjvp
+def _product_jvp(spec, primals, tangents):
+  # tangents have the dtype of the operands: transposed, the matmuls of gradients have narrow operands too, not float32 ones
+  (a, b), (da, db) = primals, tangents
+  part = lambda a, b: jnp.einsum(spec, a, b, preferred_element_type=a.dtype)
+  out = _product(spec, a, b)
+  return out, part(da, b).astype(out.dtype) + part(a, db).astype(out.dtype)
+
+
 def dot(spec: str, a: jax.Array, b: jax.Array, dtype, *, wide: bool = True) -> jax.Array:
   """einsum of operands cast to `dtype`, accumulated in float32 (float64 for float64) and returned so, or not `wide`: in `dtype`."""
-  out = jnp.promote_types(jnp.float32, dtype) if wide else dtype
-  return jnp.einsum(spec, a.astype(dtype), b.astype(dtype), preferred_element_type=out)
+  a, b = a.astype(dtype), b.astype(dtype)
+  return _product(spec, a, b) if wide else jnp.einsum(spec, a, b, preferred_element_type=dtype)
 
 
 @dataclasses.dataclass(frozen=True)
