@@ -12,7 +12,7 @@ import shlex
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from benchmarks import report_banks, report_figures, report_hosts, report_neural, report_text
+from benchmarks import report_banks, report_context, report_figures, report_hosts, report_neural, report_text
 
 RESULTS = pathlib.Path(__file__).parent / 'results'
 DOCS = pathlib.Path(__file__).parent.parent / 'docs'
@@ -184,8 +184,13 @@ def neural(result: dict[str, Any]) -> list[str]:
   return report_neural.neural(result, table, cell) + goals(result['targets'])
 
 
-CAPTIONS = {**report_text.CAPTIONS, **report_banks.CAPTIONS, **report_hosts.CAPTIONS}
-ABOUT = {**report_text.ABOUT, **report_banks.ABOUT, **report_hosts.ABOUT, **report_neural.ABOUT}
+def context(result: dict[str, Any]) -> list[str]:
+  """What a layer costs up to a million tokens."""
+  return report_context.context(result, table, cell)
+
+
+CAPTIONS = {**report_text.CAPTIONS, **report_banks.CAPTIONS, **report_hosts.CAPTIONS, **report_context.CAPTIONS}
+ABOUT = {**report_text.ABOUT, **report_banks.ABOUT, **report_hosts.ABOUT, **report_neural.ABOUT, **report_context.ABOUT}
 READINGS = {**report_text.READINGS, **report_banks.READINGS, **report_hosts.READINGS, **report_neural.READINGS}
 SECTIONS = (                                # title, benchmark, key that must hold something, body, figure
   ('Mixing', 'holographic', 'rows', mixing, 'mixing'), ('Whole layers', 'holographic', 'layers', layers, ''),
@@ -194,7 +199,7 @@ SECTIONS = (                                # title, benchmark, key that must ho
   ('Memory banks', 'banks', 'rows', banks, 'banks'), ('Routed attention', 'routed', 'example_shape', routed, ''),
   ('Adapters', 'adapters', 'runs', adapters, 'adapters'),
   ('Pretrained decoding', 'decode_host', 'rows', decode_host, ''), ('Neural memory', 'neural_memory', 'rows', neural, ''),
-  ('Resume', 'resume', 'kills', resume, ''))
+  ('Long context', 'context', 'width', context, 'context'), ('Resume', 'resume', 'kills', resume, ''))
 
 
 def read_results(folder: pathlib.Path) -> dict[str, dict[str, Any]]:

@@ -2,7 +2,7 @@
 import pathlib
 from typing import Any
 
-from benchmarks import report_hosts
+from benchmarks import report_context, report_hosts
 
 STYLE = {                                   # Okabe and Ito: told apart by colour-blind readers, and by marker
   'black': ('#000000', 's'), 'blue': ('#0072B2', 'o'), 'orange': ('#D55E00', '^'), 'green': ('#009E73', 'D'), 'pink': ('#CC79A7', 'v'),
@@ -136,8 +136,13 @@ def adapters(results, figure) -> bool:
   return report_hosts.draw(results, figure, preferred, STYLE)
 
 
+def context(results, figure) -> bool:
+  """What a layer costs up to a million tokens."""
+  return report_context.draw(results, figure, STYLE)
+
+
 DRAWINGS = {'mixing': (mixing, (8, 4.2)), 'recall': (recall, (8, 4.6)), 'language': (language, (8, 3.9)), 'banks': (banks, (9, 7)),
-            'adapters': (adapters, (8, 4))}
+            'adapters': (adapters, (8, 4)), 'context': (context, (10, 4.2))}
 
 
 def draw_all(results: dict[str, dict[str, Any]], folder: pathlib.Path) -> list[str]:

@@ -1,6 +1,6 @@
 """Kills a training run at random instants and compares what comes out with the run left alone, bit for bit.
 
-  python benchmarks/resume.py --kills 10 [--signals KILL TERM] [--steps 60] [--seed 0]
+  python -m benchmarks.resume --kills 10 [--signals KILL TERM] [--steps 60] [--seed 0]
 
 Each run is a process of its own, killed a random moment after a random step; with a checkpoint every second step some
 kills fall into a save. Prints one JSON object; exits with 1 if anything differs.
@@ -105,6 +105,7 @@ def main() -> int:
   parser.add_argument('--steps', type=int, default=60)
   parser.add_argument('--delay', type=float, default=0.1, help='longest wait after the step, in seconds')
   parser.add_argument('--seed', type=int, default=0)
+  parser.add_argument('--output', default='', help='JSON file for the result')
   args = parser.parse_args()
   multiprocessing.get_context('forkserver').set_forkserver_preload(IMPORTS)
   with tempfile.TemporaryDirectory() as folder:
@@ -113,7 +114,11 @@ def main() -> int:
     kills = disturb(folder, f'{folder}/killed', args)
     alone, killed = saved_state(f'{folder}/alone'), saved_state(f'{folder}/killed')
     equal = alone == killed and not alone['fault']
-    print(json.dumps({'equal': equal, 'step': alone['step'], 'kills': kills}))
+    result = {'equal': equal, 'step': alone['step'], 'kills': kills}
+    print(json.dumps(result))
+    if args.output:
+      from benchmarks import common  # not before: it imports jax, and the runs are forked from a clean process
+      common.save('resume', args.output, result)
     return 0 if equal else 1
 
 
