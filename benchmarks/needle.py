@@ -25,7 +25,7 @@ import numpy as np
 import optax
 
 from benchmarks import common, language_models, neural_models
-from memjax.config.schema import ModelConfig
+from memjax.config.schema import EmbeddingConfig, ModelConfig
 from memjax.models.decoder import build_decoder, init_params
 from memjax.runtime.test_time import held, learners
 
@@ -189,7 +189,7 @@ def report_model(name: str, config: ModelConfig, run: Run) -> dict[str, Any]:
   rate = max(of_rate, key=lambda r: valid_M[of_rate[r]].mean())
   tests = []
   for way in run.ways:
-    for length in a.lengths if way == 'on' else a.lengths[:3]:
+    for length in a.lengths if way == 'on' else a.lengths[::2]:
       started = time.perf_counter()
       found = run.test(params, way, length, range(a.batches if way == 'on' else 1))[of_rate[rate]]
       tests.append({'test_time': way, 'length': length, 'seconds': time.perf_counter() - started, 'accuracy': float(found.mean()),
@@ -206,19 +206,20 @@ def arguments(argv):
   make.add_argument('--models', type=lambda text: text.split(';'), default=list(neural_models.NAMES),
                     help=f'separated by ;, some of {"; ".join(neural_models.NAMES)}')
   make.add_argument('--name', default='', help='of this process, for its file')
-  make.add_argument('--lengths', type=common.numbers, default=[], help='of test rows, multiples of --length; default 1 to 16 times it')
+  make.add_argument('--lengths', type=common.numbers, default=[], help='of test rows, multiples of --length; default 1 to 32 times it')
   make.add_argument('--seeds', type=common.numbers, default=[0, 1, 2])
   make.add_argument('--rates', type=common.rates, default=(2e-3,), help='peak learning rates; validation chooses')
-  sizes = dict(width=128, layers=2, heads=4, window=64, chunk=64, length=1024, batch=48, steps=1500, per_call=100, eval_batch=48, batches=2)
+  sizes = dict(width=128, layers=2, heads=4, window=64, chunk=64, length=512, batch=48, steps=1000, per_call=100, eval_batch=48, batches=2)
   for option, default in sizes.items(): make.add_argument(f'--{option}', type=int, default=default)
   make.add_argument('--base', type=float, default=1.0, help='gates.theta_base of deep memories')
   make.add_argument('--bias', type=float, default=0.0, help='gates.theta_bias of deep memories')
+  make.add_argument('--lookahead', action='store_true', help='neural memories store the value of a token under the key of the one before')
   make.add_argument('--dtype', default='', choices=('', 'float32', 'bfloat16'), help='of compute; default bfloat16 on a GPU')
   a = make.parse_args(argv)
   if a.small:                                    # other defaults; what the command line names still counts
     make.set_defaults(width=64, heads=2, window=16, chunk=16, length=128, batch=24, steps=600, seeds=[0], eval_batch=24)
     a = make.parse_args(argv)
-  a.lengths = a.lengths or [a.length * times for times in (1, 2, 4, 8, 16)]
+  a.lengths = a.lengths or [a.length * times for times in (1, 2, 4, 8, 16, 32)]
   if any(length % a.length for length in a.lengths): make.error(f'--lengths must be multiples of --length {a.length}')
   a.dtype = a.dtype or ('bfloat16' if common.on_gpu() else 'float32')
   a.steps = max(a.steps // a.per_call, 1) * a.per_call
@@ -229,7 +230,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
   """Runs, prints and saves the table; returns the result."""
   a, started = arguments(argv), time.perf_counter()
   sizes = dict(width=a.width, layers=a.layers, heads=a.heads, window=a.window, chunk=a.chunk, base=a.base, bias=a.bias,
-               vocabulary=VOCABULARY, dtype=a.dtype)
+               lookahead=a.lookahead, vocabulary=VOCABULARY, dtype=a.dtype, embedding=EmbeddingConfig(tie=False, std=0.5))
   count = language_models.parameters(neural_models.model_config(neural_models.NAMES[0], **sizes))
   configs = {name: language_models.matched(neural_models.model_config(name, **sizes), count) for name in a.models}
   runs = {name: Run(config, a) for name, config in configs.items()}

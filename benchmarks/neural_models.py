@@ -2,8 +2,8 @@
 from typing import Any
 
 from memjax.config.mixers import AttentionConfig, HolographicConfig, WindowConfig
-from memjax.config.neural import NeuralConfig, NeuralGatesConfig, NeuralNetConfig, NeuralRuleConfig
-from memjax.config.schema import BlockConfig, ModelConfig
+from memjax.config.neural import NeuralConfig, NeuralGatesConfig, NeuralNetConfig, NeuralProjConfig, NeuralRuleConfig
+from memjax.config.schema import BlockConfig, EmbeddingConfig, ModelConfig
 
 LAYERS = {                                 # name -> layer; the first sets the number of parameters
   'MAC': 'near+deep:mac', 'MAG': 'near+deep:mag', 'MAL': 'deep>near', 'LMM': 'deep', 'window + linear exact': 'near+exact:mag',
@@ -12,24 +12,16 @@ LAYERS = {                                 # name -> layer; the first sets the n
 NAMES = tuple(LAYERS)
 
 
-def deep_memory(*, heads: int, chunk: int, base: float, bias: float, expansion: int = 4) -> NeuralConfig:
-  """A network of two layers a head; `base` and `bias` set its step size."""
-  return NeuralConfig(heads=heads, chunk=chunk, net=NeuralNetConfig(expansion=expansion),
-                      gates=NeuralGatesConfig(theta_base=base, theta_bias=bias))
-
-
-def exact_memory(*, heads: int, chunk: int) -> NeuralConfig:
-  """One matrix a head under the online rule."""
-  return NeuralConfig(heads=heads, chunk=chunk, net=NeuralNetConfig(kind='linear'), rule=NeuralRuleConfig(mode='exact'))
-
-
 def model_config(name: str, *, width: int, layers: int, heads: int, window: int, vocabulary: int, dtype: str, chunk: int = 64,
-                 base: float = 1.0, bias: float = 0.0, dropout: float = 0.0, hidden: int = 0) -> ModelConfig:
-  """One of NAMES; all layers alike."""
+                 base: float = 1.0, bias: float = 0.0, lookahead: bool = False, dropout: float = 0.0, hidden: int = 0,
+                 embedding: EmbeddingConfig = EmbeddingConfig()) -> ModelConfig:
+  """One of NAMES; all layers alike. `base` and `bias` set the step size of deep memories, `lookahead` how both neural ones pair tokens."""
+  shared = dict(heads=heads, chunk=chunk, proj=NeuralProjConfig(lookahead=lookahead))
   every: dict[str, Any] = {
       'near': WindowConfig(heads=heads, window=window), 'full': AttentionConfig(heads=heads), 'holographic': HolographicConfig(heads=heads),
-      'deep': deep_memory(heads=heads, chunk=chunk, base=base, bias=bias), 'exact': exact_memory(heads=heads, chunk=chunk)}
+      'deep': NeuralConfig(gates=NeuralGatesConfig(theta_base=base, theta_bias=bias), **shared),
+      'exact': NeuralConfig(net=NeuralNetConfig(kind='linear'), rule=NeuralRuleConfig(mode='exact'), **shared)}
   layer = LAYERS[name]
   mixers = {key: every[key] for key in layer.partition(':')[0].replace('>', '+').split('+')}
   return ModelConfig(width=width, hidden=hidden, vocabulary=vocabulary, mixers=mixers, pattern=(layer,), repeats=layers,
-                     block=BlockConfig(dropout=dropout), dtype=dtype)
+                     block=BlockConfig(dropout=dropout), embedding=embedding, dtype=dtype)
