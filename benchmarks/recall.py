@@ -43,8 +43,10 @@ SETTINGS = {
   'kinds': Setting(64, 8, 32, 128, 1600, (3e-3, 1e-2), recall_rows.KINDS),
   'curve': Setting(64, 16, 64, 128, 2000, (5e-3, 1e-2, 2e-2), recall_rows.CURVE),
   'preset': Setting(64, 16, 64, 128, 2000, (5e-3, 1e-2, 2e-2), recall_rows.PRESET),
+  'neural': Setting(64, 16, 64, 128, 2000, (5e-3, 1e-2), recall_rows.NEURAL),
   'large': Setting(128, 64, 256, 8192, 6000, (1e-3, 3e-3), recall_rows.LARGE, batch=64, mixture=(4, 8, 16, 32, 64)),
 }
+CURVES = 'equal', 'curve', 'neural'         # settings of one task, which the figure shows
 
 
 class Job(NamedTuple):
@@ -150,14 +152,14 @@ def targets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def draw(rows: list[dict[str, Any]], path) -> None:
-  """Accuracy over bytes of the memory and over all bytes carried, one line a family; settings equal and curve."""
+  """Accuracy over bytes of the memory and over all bytes carried, one line a family; settings of CURVES."""
   import matplotlib
   matplotlib.use('agg')
   import matplotlib.pyplot as plt
   figure, panels = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True)
   families: dict[str, list] = {}
   for row in rows:
-    if row['setting'] not in ('equal', 'curve') or 'norm' in row['row']: continue
+    if row['setting'] not in CURVES or 'norm' in row['row']: continue
     name, _, size = row['row'].partition(', ')
     name = 'window attention' if name.startswith('window') else name if size[:1].isdigit() else row['row']
     families.setdefault(name, []).append(row)
@@ -233,7 +235,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
   result = save(rows)
   common.judge(result['targets'])
   figure = common.target_path('recall', a.output, '.png')
-  if figure is not None and any(row['setting'] in ('equal', 'curve') for row in result['rows']): draw(result['rows'], figure)
+  if figure is not None and any(row['setting'] in CURVES for row in result['rows']): draw(result['rows'], figure)
   return result
 
 

@@ -14,6 +14,14 @@ from memjax.config.mixers import (
   ReadConfig,
   WindowConfig,
 )
+from memjax.config.neural import (
+  NeuralConfig,
+  NeuralExecConfig,
+  NeuralGatesConfig,
+  NeuralNetConfig,
+  NeuralProjConfig,
+  NeuralRuleConfig,
+)
 from memjax.config.schema import BlockConfig, EmbeddingConfig, ModelConfig
 
 FORM = FormConfig(remat=False)             # rows this short need no recomputation
@@ -80,6 +88,19 @@ def seed(width: int) -> HolographicSeedConfig:
   return HolographicSeedConfig(key_width=width)
 
 
+def neural_exact(heads: int = 8) -> Make:
+  """The neural memory as one matrix a head under the online rule."""
+  return lambda width: NeuralConfig(heads=heads, chunk=16, net=NeuralNetConfig(kind='linear'), rule=NeuralRuleConfig(mode='exact'),
+                                    exec=NeuralExecConfig(group=-1))
+
+
+def neural_deep(heads: int = 4, *, base: float = 1.0, bias: float = 0.0, chunk: int = 16, lookahead: bool = False) -> Make:
+  """The neural memory as a network of two layers a head, gradients at the start of each chunk, reads after every token."""
+  return lambda width: NeuralConfig(heads=heads, chunk=chunk, net=NeuralNetConfig(expansion=2), exec=NeuralExecConfig(group=-1),
+                                    proj=NeuralProjConfig(lookahead=lookahead),
+                                    gates=NeuralGatesConfig(theta_base=base, theta_bias=bias))
+
+
 EQUAL = {                                  # width 64: 512 floats of state a layer
   'small_state': small_state(), 'small_state without binding': small_state('none'), 'linear attention': linear(),
   'linear attention, full norm': linear(norm='full'), 'delta rule': delta(), 'delta rule, full norm': delta(norm='full'),
@@ -111,6 +132,10 @@ PRESET = {                                 # small_state, one thing changed at a
   'softmax slots': varied(address__kind='softmax'), 'content slots': varied(address__kind='content'), 'no norm': varied(read__norm=''),
   'bipolar': varied(binding__kind='bipolar'), 'unitary': varied(binding__kind='unitary'),
   '2 heads of 8 x 32': varied(heads=2, key_width=32), '4 heads of 8 x 16': varied(heads=4, key_width=16),
+}
+NEURAL = {
+  **{f'neural exact, {n} heads': neural_exact(n) for n in (16, 8, 4, 2)},
+  **{f'neural deep, {n} heads': neural_deep(n) for n in (8, 4, 2)},
 }
 KINDS = {
   'small_state': small_state(), 'holographic': holographic(), 'window 8': window(8), 'attention': attention,

@@ -18,7 +18,7 @@ RESULTS = pathlib.Path(__file__).parent / 'results'
 DOCS = pathlib.Path(__file__).parent.parent / 'docs'
 SETTINGS = {                                # of benchmarks.recall: what each is for
   'equal': 'equal state', 'wide': 'the yardstick', 'kinds': 'every registered memory', 'curve': 'accuracy over state',
-  'preset': 'small_state, one thing changed at a time', 'large': 'many pairs',
+  'preset': 'small_state, one thing changed at a time', 'large': 'many pairs', 'neural': 'memories that learn at test time',
 }
 Columns = dict[str, str | Callable[[dict], Any]]
 
