@@ -1,14 +1,15 @@
 """Tokens per second and bytes of state of greedy decoding, by context: holographic memory beside a KV cache of equal width.
 
 Batch 1, tokens fed back inside one compiled scan, the state donated, so that it can be updated in place. Contexts are filled
-with random numbers: what is stored does not change the work. Two models: one layer without feed-forward network, and a
-decoder of four layers with one. Attention is measured twice, and the faster one counts: the library's, and a plain cache
-[H, K, M] in the compute dtype, written for this comparison alone (on a CPU other layouts are copied or read many times
-slower).
+with random numbers: what is stored does not change the work. Memories that learn at test time rewrite their weights where a chunk is
+complete, which the timed tokens include. Two models: one layer without feed-forward network, and a decoder of four layers with
+one. Attention is measured twice, and the faster one counts: the library's, and a plain cache [H, K, M] in the compute dtype, written
+for this comparison alone (on a CPU other layouts are copied or read many times slower).
 
   python -m benchmarks.decode --small        two CPU cores, contexts to 32k, a few minutes
   python -m benchmarks.decode                contexts to 128k
 """
+import dataclasses
 import functools
 import statistics
 import time
@@ -17,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks import common
+from benchmarks import common, neural_models
 from memjax.config.mixers import AddressConfig, AttentionConfig, HolographicConfig, KeepConfig
 from memjax.config.schema import ModelConfig
 from memjax.models.decoder import build_decoder, init_params
@@ -30,13 +31,17 @@ MIXERS = {
                                                address=AddressConfig(kind='sigmoid', tie=True, gate='')),
   'attention': AttentionConfig(),
 }
+NEURAL = {'neural': 'LMM', 'MAC': 'MAC', 'MAG': 'MAG'}      # row -> name in neural_models
 PLAIN = 'attention, plain cache'
 
 
 def library_model(row: str, *, width: int, layers: int, dtype: str):
   """(parameters, empty state by context, step) of a decoder whose layers are unrolled, so that no stack of caches is sliced."""
-  config = ModelConfig(width=width, hidden=0 if layers > 1 else -1, vocabulary=VOCABULARY, mixers={'memory': MIXERS[row]},
-                       pattern=(), repeats=0, prefix=('memory',) * layers, dtype=dtype)
+  config = ModelConfig(width=width, hidden=0 if layers > 1 else -1, vocabulary=VOCABULARY, pattern=(), repeats=0, dtype=dtype,
+                       mixers={'memory': MIXERS.get(row, AttentionConfig())}, prefix=('memory',) * layers)
+  if row in NEURAL:
+    found = neural_models.model_config(NEURAL[row], width=width, layers=1, heads=8, window=512, vocabulary=VOCABULARY, dtype=dtype)
+    config = dataclasses.replace(config, mixers=found.mixers, prefix=found.pattern * layers)
   model = build_decoder(config)
   def step(params, state, token_B, position_B):
     logits, state, _ = model.apply({'params': params}, token_B[:, None], state, position_BxL=position_B[:, None])
@@ -79,11 +84,12 @@ def plain_model(*, width: int, layers: int, dtype: str, heads: int = 8):
 
 
 def filled(empty, context: int, ahead: int):
-  """A state as after context - ahead tokens: random floats, counters set."""
-  leaves, tree = jax.tree.flatten(jax.eval_shape(lambda: empty(context)))
-  fill = lambda i, leaf: (jnp.full(leaf.shape, context - ahead, leaf.dtype) if jnp.issubdtype(leaf.dtype, jnp.integer)
-                          else jax.random.normal(jax.random.key(i), leaf.shape, leaf.dtype))
-  return jax.tree.unflatten(tree, [fill(i, leaf) for i, leaf in enumerate(leaves)])
+  """A state as after context - ahead tokens: small random floats, counters set, chunks and segments at their start."""
+  leaves, tree = jax.tree_util.tree_flatten_with_path(jax.eval_shape(lambda: empty(context)))
+  def fill(number, path, leaf):
+    if not jnp.issubdtype(leaf.dtype, jnp.integer): return 0.01 * jax.random.normal(jax.random.key(number), leaf.shape, leaf.dtype)
+    return jnp.full(leaf.shape, 0 if 'slot' in jax.tree_util.keystr(path) else context - ahead, leaf.dtype)
+  return jax.tree.unflatten(tree, [fill(number, *leaf) for number, leaf in enumerate(leaves)])
 
 
 def decode(step, tokens: int, params, state, token_B, position_B):
@@ -133,9 +139,14 @@ def targets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     peers = [value for row, value in at.items() if row.startswith('attention')]
     out.append({'what': f'{layers} layers, context 32768: holographic over the faster attention', 'target': 5.0,
                 'value': at['holographic'] / max(peers) if peers and 'holographic' in at else None})
-  sizes = [r['state_bytes'] for r in rows if r['row'] == 'holographic' and r['layers'] == 1]
-  out.append({'what': 'holographic state, smallest over largest context (1 = constant)', 'target': 1.0,
-              'value': min(sizes) / max(sizes) if sizes else None})
+  for row in ('holographic', 'neural'):
+    sizes = [r['state_bytes'] for r in rows if r['row'] == row and r['layers'] == 1]
+    out.append({'what': f'{row} state, smallest over largest context (1 = constant)', 'target': 1.0,
+                'value': min(sizes) / max(sizes) if sizes else None})
+  for layers in sorted({r['layers'] for r in rows if r['row'] == 'neural'}):
+    speed = {r['context']: r['tokens_per_second'] for r in rows if r['row'] == 'neural' and r['layers'] == layers}
+    out.append({'what': f'{layers} layers: neural, tokens/s at context {max(speed)} over those at {min(speed)}', 'target': 0.9,
+                'value': speed[max(speed)] / speed[min(speed)]})
   return out
 
 
@@ -145,12 +156,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
   make.add_argument('--contexts', type=common.numbers, default=[])
   make.add_argument('--layers', type=common.numbers, default=[1, 4])
   make.add_argument('--width', type=int, default=512)
-  make.add_argument('--tokens', type=int, default=0, help='tokens a timed call; default 16 (CPU), 128 (GPU)')
+  make.add_argument('--tokens', type=int, default=0, help='tokens a timed call; default 64 (CPU), 128 (GPU)')
   make.add_argument('--repeats', type=int, default=3)
-  make.add_argument('--rows', type=lambda text: text.split(';'), default=[*MIXERS, PLAIN], help='names of rows, separated by ;')
+  make.add_argument('--rows', type=lambda text: text.split(';'), default=[*MIXERS, *NEURAL, PLAIN], help='names of rows, separated by ;')
   a = make.parse_args(argv)
-  contexts = a.contexts or ([1024, 8192, 32768] if a.small else [1024, 4096, 16384, 32768, 131072])
-  dtype, tokens = ('bfloat16', a.tokens or 128) if common.on_gpu() else ('float32', a.tokens or 16)
+  contexts = a.contexts or ([1024, 8192, 32768] if a.small else [1024, 4096, 16384, 32768, 65536, 131072])
+  dtype, tokens = ('bfloat16', a.tokens or 128) if common.on_gpu() else ('float32', a.tokens or 64)
   rows = []
   for layers in a.layers:
     sizes = dict(width=a.width, layers=layers, dtype=dtype)

@@ -102,7 +102,9 @@ def test_decode(tmp_path):
   size = {(row['row'], row['context']): row['state_bytes'] for row in saved['rows']}
   assert size['holographic', 32] == size['holographic', 64]
   assert size['attention, plain cache', 64] == 2 * size['attention, plain cache', 32] == 2 * 64 * 32 * 4
-  assert saved['targets'][-1]['value'] == 1.0 and all(row['tokens_per_second'] > 0 for row in saved['rows'])
+  assert size['neural', 32] == size['neural', 64] and size['MAC', 32] == size['MAC', 64]
+  assert [t['value'] for t in saved['targets'] if 'state' in t['what']] == [1.0, 1.0] and 'neural' in saved['targets'][-1]['what']
+  assert all(row['tokens_per_second'] > 0 for row in saved['rows'])
 
 
 def write_text(folder, sizes):
