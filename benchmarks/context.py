@@ -112,14 +112,20 @@ def join(floats: list, rest: tuple) -> Any:
 # Predicted ------------------------------------------------------------------------------------------------------------
 
 def predict(layers: dict[str, Layer], lengths: list[int]) -> Iterator[dict[str, Any]]:
-  """A row each memory and length, from shapes alone."""
+  """A row each memory and length, from shapes alone. Calls of a neural memory are aligned, and take the cheap branch."""
   for name, layer in layers.items():
     for length in lengths:
-      params, text, one = layer.params, layer.text(length), layer.text(1)
-      step = count_flops(layer.read, params, *one, layer.state(length), jax.eval_shape(layer.prepare, params))
-      yield {'memory': name, 'tokens': length, 'read_flops': count_flops(layer.whole, params, *text) / length,
-             'train_flops': count_flops(layer.gradient, params, *text) / length, 'step_flops': step,
-             'state_bytes': nbytes(layer.state(length))}
+      params, text, branch = layer.params, layer.text(length), min if layer.config.kind == 'neural' else max
+      yield {'memory': name, 'tokens': length, 'read_flops': count_flops(layer.whole, params, *text, branch=branch) / length,
+             'train_flops': count_flops(layer.gradient, params, *text, branch=branch) / length,
+             'step_flops': step_flops(layer, length), 'state_bytes': nbytes(layer.state(length))}
+
+
+def step_flops(layer: Layer, length: int) -> float:
+  """Operations of one token after `length` others: what every token does, and its share of what the last one of a chunk does."""
+  state, prepared = layer.state(length), jax.eval_shape(layer.prepare, layer.params)
+  often, seldom = (count_flops(layer.read, layer.params, *layer.text(1), state, prepared, branch=branch) for branch in (min, max))
+  return often + (seldom - often) / (getattr(layer.config, 'chunk', 0) or getattr(layer.config, 'ratio', 1))
 
 
 # Measured -------------------------------------------------------------------------------------------------------------

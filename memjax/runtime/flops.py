@@ -28,17 +28,18 @@ REDUCE = frozenset((
     'reduce_sum', 'reduce_max', 'reduce_min', 'reduce_and', 'reduce_or', 'argmax', 'argmin', 'cumsum', 'cummax', 'cumprod'))
 
 
-def count_flops(function: Callable, *args: Any) -> int:
+def count_flops(function: Callable, *args: Any, branch: Callable = max) -> int:
   """Operations of one call of `function`, from its jaxpr alone (arguments may be shapes; nothing is compiled or run).
 
-  Multiply-add = 2. A scan counts its length times, a `cond` its dearest branch, a `while` (unknown length) once. As in a
-  compiled program, what does not reach the results counts nothing and what is computed twice from the same values counts once.
+  Multiply-add = 2. A scan counts its length times, a `while` (unknown length) once, a `cond` its dearest branch, as XLA does, or
+  with `branch=min` its cheapest: that of the aligned call, where the other one goes token by token. As in a compiled program, what
+  does not reach the results counts nothing and what is computed twice from the same values counts once.
   """
   jaxpr = jax.make_jaxpr(function)(*args).jaxpr
-  return _count(dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])
+  return _count(dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0], branch)
 
 
-def _count(jaxpr: Jaxpr) -> int:
+def _count(jaxpr: Jaxpr, branch: Callable) -> int:
   """The operations of a program; an equation whose operands and parameters are those of an earlier one is that one."""
   same, seen, total = {}, {}, 0
   for eqn in jaxpr.eqns:
@@ -46,12 +47,12 @@ def _count(jaxpr: Jaxpr) -> int:
     try:
       first = None if eqn.effects else seen.setdefault((eqn.primitive, operands, tuple(sorted(eqn.params.items()))), eqn)
     except TypeError: first = None                     # parameters that cannot be compared
-    if first is None or first is eqn: total += _operations(eqn)
+    if first is None or first is eqn: total += _operations(eqn, branch)
     else: same |= zip(eqn.outvars, (same.get(x, x) for x in first.outvars), strict=True)
   return total
 
 
-def _operations(eqn: Any) -> int:
+def _operations(eqn: Any, branch: Callable) -> int:
   name, out = eqn.primitive.name, math.prod(eqn.outvars[0].aval.shape) if eqn.outvars else 0
   if name == 'dot_general':
     (contracted, _), _ = eqn.params['dimension_numbers']
@@ -62,8 +63,8 @@ def _operations(eqn: Any) -> int:
   if name == 'fft': return round(5 * max(out, 1) * math.log2(max(math.prod(eqn.params['fft_lengths']), 2)))
   if name in ELEMENTWISE: return out
   if name in REDUCE: return math.prod(eqn.invars[0].aval.shape)
-  inner = [_count(part) for part in _inner(eqn.params)]
-  if name == 'cond': return max(inner)
+  inner = [_count(part, branch) for part in _inner(eqn.params)]
+  if name == 'cond': return branch(inner)
   return sum(inner) * (eqn.params['length'] if name == 'scan' else 1)
 
 
