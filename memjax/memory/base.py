@@ -58,7 +58,7 @@ class Memory(nn.Module):
   order = 'after'      # read 'after' or 'before' the write of the same token
   reaches_back = True  # some earlier token can change the read of a later one
   wants_stream = False # `project` also takes the residual stream before the norm
-  has_pieces = True    # rows over several devices are read piece by piece; False: how is left to the compiler
+  has_pieces = True    # where rows or their tokens lie on several devices, each reads its own; False: that is left to the compiler
 
   @property
   def state_dtype(self) -> Any:
@@ -151,7 +151,7 @@ class Memory(nn.Module):
       first = lambda tree: jax.tree.map(lambda a: a[:, 0], tree)
       new, y_BxE = self.step(state, first(inputs), first(mask_BxL), write_mask_B=first(write_mask_BxL), reset_B=first(reset_BxL), **given)
       y_BxLxE = y_BxE[:, None]
-    elif self.has_pieces and (mesh := mesh_of(x_BxLxD.shape[1])) and not self.is_initializing():
+    elif self.has_pieces and (mesh := mesh_of(*x_BxLxD.shape[:2])) and not self.is_initializing():
       new, y_BxLxE = over_pieces(self, mesh, state, inputs, mask_BxL=mask_BxL, write_mask_BxL=write_mask_BxL, reset_BxL=reset_BxL)
     else:
       new, y_BxLxE = self.parallel(state, inputs, mask_BxL, write_mask_BxL=write_mask_BxL, reset_BxL=reset_BxL, **given)
