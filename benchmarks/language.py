@@ -4,7 +4,7 @@ Every seed at every peak rate trains at once, on random windows gathered on the 
 validation loss keeps its parameters, and training ends when no member has improved for --patience evaluations. The rate is
 chosen by validation. Every token is scored exactly once: in windows that overlap by --context, of which only the new part
 counts, or, for memories of fixed size, along contiguous lanes with the state carried; validation chooses between the two.
-Memories that learn at test time are scored along lanes also frozen (nothing is written) and off (what they read is zeros).
+Models of `neural_models` are scored along lanes also frozen (their memories do not learn) and off (what they read is zeros).
 
   python -m benchmarks.language --train T --valid V --test X                       bytes
   python -m benchmarks.language --tokens words --train wiki.train.tokens ...       words and <eos>
@@ -23,7 +23,6 @@ import optax
 from benchmarks import common, language_models, neural_models
 from memjax.data.tokenizers import ByteTokenizer, WordTokenizer
 from memjax.models.decoder import build_decoder, init_params
-from memjax.runtime.test_time import held, learners
 
 
 class Text(NamedTuple):
@@ -71,14 +70,13 @@ def sliding(model, a, params, stream, tokens, starts_NxB):
   return jax.lax.scan(batch, None, starts_NxB)[1]
 
 
-def carried(model, a, params, stream, tokens, segments_N, **hold):
-  """The same along `lanes` contiguous parts, each starting from an empty memory that is then carried to its end; `hold`: keywords of
-  the decoder."""
+def carried(model, a, params, stream, tokens, segments_N):
+  """The same along `lanes` contiguous parts, each starting from an empty memory that is then carried to its end."""
   first_B = jnp.arange(a.lanes) * (len(segments_N) * a.length)
   def segment(state, number):
     start_B = first_B + number * a.length
     position = jnp.broadcast_to(number * a.length + jnp.arange(a.length)[None], (a.lanes, a.length))
-    nll, state, _ = losses(model, params, state, window(stream, start_B, a.length), position_BxL=position, **hold)
+    nll, state, _ = losses(model, params, state, window(stream, start_B, a.length), position_BxL=position)
     counts = start_B[:, None] + jnp.arange(a.length)[None] < tokens
     return state, (jnp.where(counts, nll, 0).sum(), counts.sum())
   return jax.lax.scan(segment, model.init_state(a.lanes), segments_N)[1]
@@ -130,13 +128,14 @@ class Run:
     self.jobs = {'start': (start, (self.seed_M,)),
                  'train': (train, (*shapes, texts['train'].stream, number, number, self.rate_M, self.seed_M))}
     recurrent = not any(mixer.kind == 'attention' for mixer in config.mixers.values())
-    self.places = {'sliding': self._windows()} | ({'carried': self._segments()} if recurrent else {})
+    self.places = {} if a.carried and recurrent else {'sliding': self._windows()}
+    if recurrent: self.places['carried'] = self._segments()
+    for name, function in {'sliding': sliding, 'carried': carried}.items():
+      if name not in self.places: continue
+      mapped = jax.vmap(functools.partial(function, self.model, a), (0, None, None, None))
+      self.jobs[name] = (mapped, (shapes[0], split.stream, number, self.places[name]))
     self.choices = list(self.places)               # ways of evaluation that validation chooses between
-    if learners(config): self.places |= dict.fromkeys(('frozen', 'off'), self.places['carried'])
-    for name, places in self.places.items():
-      hold = held(config, name) if name in ('frozen', 'off') else {}
-      function = functools.partial(sliding if name == 'sliding' else carried, self.model, a, **hold)
-      self.jobs[name] = jax.vmap(function, (0, None, None, None)), (shapes[0], split.stream, number, places)
+    self.held = neural_models.ways(config)[1:]
     self.cases: dict[str, common.Case] = {}
 
   def _longest(self) -> int:
@@ -173,7 +172,7 @@ class Run:
         first += a.per_call
       value_M = np.asarray(value_M)
       spent += time.perf_counter() - begun
-      valid_M = self.evaluate(params, 'valid', 'sliding')
+      valid_M = self.evaluate(params, 'valid', self.choices[0])
       better = valid_M < best_M
       best, best_M, step_M = choose_rows(jnp.asarray(better), params, best), np.minimum(valid_M, best_M), np.where(better, first, step_M)
       curve.append({'step': first, 'train': value_M, 'valid': valid_M})
@@ -190,6 +189,7 @@ def report_model(name: str, config, run: Run) -> dict[str, Any]:
   of_rate = {rate: [i for i, (r, _) in enumerate(run.members) if r == rate] for rate in run.a.rates}
   rate, how = min(((r, h) for r in of_rate for h in run.choices), key=lambda rh: valid[rh[1]][of_rate[rh[0]]].mean())
   test = {h: run.evaluate(best, 'test', h) for h in run.places}
+  test |= {way: run.evaluate(neural_models.held(best, way), 'test', 'carried') for way in run.held}
   chosen, text = of_rate[rate], run.texts['test']
   nll_M = test[how][chosen]
   bits = nll_M / math.log(2) * text.tokens / text.bytes
@@ -224,6 +224,7 @@ def arguments(argv, *, more=None, name: str = 'language', description: str = __d
   make.add_argument('--tokens', choices=('bytes', 'words'), default='bytes')
   make.add_argument('--models', type=lambda text: text.split(';'), default=list(language_models.NAMES[:4]),
                     help=f'separated by ;, some of {"; ".join((*language_models.NAMES, *neural_models.NAMES))}')
+  make.add_argument('--carried', action='store_true', help='score memories of fixed size along lanes alone')
   make.add_argument('--like', default='', help='model that sets the number of parameters; default the first')
   sizes = dict(width=256, layers=4, heads=4, hidden=0, window=64, batch=32, length=256, context=-1, steps=2000, warmup=100, eval_every=200,
                per_call=50, patience=0, seeds=3, eval_batch=32, lanes=4)

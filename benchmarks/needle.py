@@ -27,7 +27,6 @@ import optax
 from benchmarks import common, language_models, neural_models
 from memjax.config.schema import EmbeddingConfig, ModelConfig
 from memjax.models.decoder import build_decoder, init_params
-from memjax.runtime.test_time import held, learners
 
 KINDS = ('passkey', 'number', 'word')
 DIGITS, SENTENCE, WORDS, KEYS, NOISE = 4, 16, 32, 32, 48
@@ -103,9 +102,9 @@ def part_of_rows(key: jax.Array, hidden: Hidden, rows: Rows, span: tuple[Any, in
           'position': jnp.broadcast_to(position_S[None], (B, size))}
 
 
-def advance(model, params, state, data, **context):
+def advance(model, params, state, data):
   """(nll [B, S], right [B, S], state) of a part."""
-  logits, state, _ = model.apply({'params': params}, data['token'], state, position_BxL=data['position'], **context)
+  logits, state, _ = model.apply({'params': params}, data['token'], state, position_BxL=data['position'])
   nll = optax.softmax_cross_entropy_with_integer_labels(logits, data['target'])
   return nll, jnp.argmax(logits, -1) == data['target'], state
 
@@ -129,14 +128,14 @@ def train_steps(model, optimizer, a, params, moments, first, rate, seed):
   return params, moments, value.mean(), right.mean()
 
 
-def test_rows(model, a, keywords, params, seed, number, parts):
+def test_rows(model, a, params, seed, number, parts):
   """Share of answers right by kind [3], of `eval_batch` rows of `parts` x `length` tokens. One program serves all lengths."""
   key = jax.random.fold_in(jax.random.fold_in(jax.random.key(3), seed), number)
   hidden = hide(key, a.eval_batch, max(TEST.needles))
   def part(number, carry):
     state, wrong_B = carry
     data = part_of_rows(key, hidden, TEST, (number * a.length, a.length, parts * a.length))
-    _, right, state = advance(model, params, state, data, **keywords)
+    _, right, state = advance(model, params, state, data)
     return state, wrong_B | (data['final'] & ~right).any(1)
   longest = max(a.lengths) if 'full' in model.config.mixers else 0
   state = model.init_state(a.eval_batch, longest)
@@ -158,10 +157,9 @@ class Run:
     shapes, number = jax.eval_shape(start, self.seed_M), jax.ShapeDtypeStruct((), jnp.int32)
     train = jax.vmap(functools.partial(train_steps, self.model, optimizer, a), (0, 0, None, 0, 0))
     self.jobs = {'start': (start, (self.seed_M,)), 'train': (train, (*shapes, number, self.rate_M, self.seed_M))}
-    self.ways = ('on', 'frozen', 'off') if learners(config) else ('on',)
-    for way in self.ways:
-      test = functools.partial(test_rows, self.model, a, held(config, way))
-      self.jobs[way] = (jax.vmap(test, (0, 0, None, None)), (shapes[0], self.seed_M, number, number))
+    test = functools.partial(test_rows, self.model, a)
+    self.jobs['test'] = (jax.vmap(test, (0, 0, None, None)), (shapes[0], self.seed_M, number, number))
+    self.ways = neural_models.ways(config)
     self.cases: dict[str, common.Case] = {}
 
   def train(self, name: str):
@@ -177,7 +175,8 @@ class Run:
 
   def test(self, params, way: str, length: int, batches: range) -> np.ndarray:
     """Accuracies [M, 3]; batches below 0 are for validation."""
-    calls = [self.cases[way].call(params, self.seed_M, jnp.int32(n), jnp.int32(length // self.a.length)) for n in batches]
+    params = neural_models.held(params, way)
+    calls = [self.cases['test'].call(params, self.seed_M, jnp.int32(n), jnp.int32(length // self.a.length)) for n in batches]
     return np.mean([np.asarray(call) for call in calls], 0)
 
 

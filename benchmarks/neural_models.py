@@ -1,6 +1,9 @@
 """The models that compare memories learning at test time with attention: a window with and without a memory, by the wirings of Titans."""
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from memjax.config.mixers import AttentionConfig, HolographicConfig, WindowConfig
 from memjax.config.neural import NeuralConfig, NeuralGatesConfig, NeuralNetConfig, NeuralProjConfig, NeuralRuleConfig
 from memjax.config.schema import BlockConfig, EmbeddingConfig, ModelConfig
@@ -9,7 +12,7 @@ LAYERS = {                                 # name -> layer; the first sets the n
   'MAC': 'near+deep:mac', 'MAG': 'near+deep:mag', 'MAL': 'deep>near', 'LMM': 'deep', 'window + linear exact': 'near+exact:mag',
   'window + holographic': 'near+holographic:mag', 'window': 'near', 'attention': 'full',
 }
-NAMES = tuple(LAYERS)
+NAMES, MEMORIES = tuple(LAYERS), ('deep', 'exact', 'holographic')
 
 
 def model_config(name: str, *, width: int, layers: int, heads: int, window: int, vocabulary: int, dtype: str, chunk: int = 64,
@@ -25,3 +28,22 @@ def model_config(name: str, *, width: int, layers: int, heads: int, window: int,
   mixers = {key: every[key] for key in layer.partition(':')[0].replace('>', '+').split('+')}
   return ModelConfig(width=width, hidden=hidden, vocabulary=vocabulary, mixers=mixers, pattern=(layer,), repeats=layers,
                      block=BlockConfig(dropout=dropout), embedding=embedding, dtype=dtype)
+
+
+def ways(config: ModelConfig) -> tuple[str, ...]:
+  """What `held` can do with one of NAMES: ('on', 'frozen', 'off'), less where no memory learns, or none has a step size."""
+  return ('on', *('frozen' for name in ('deep', 'exact') if name in config.mixers), *('off' for name in MEMORIES if name in config.mixers))
+
+
+def held(params: Any, way: str) -> Any:
+  """The parameters of one of NAMES with which its memories never learn: 'frozen' with step sizes of zero, 'off' with reads of zero.
+
+  One compiled program then serves all three; `off` gives the logits of `--test_time off`, `frozen` those of `--test_time frozen` but
+  for the short convolution, which still sees the tokens before.
+  """
+  def of(path, leaf):
+    keys = [key.key for key in path]
+    if not {*MEMORIES, 'recall'}.intersection(keys): return leaf
+    if way != 'on' and keys[-1] == 'theta_bias': return jnp.full_like(leaf, -1e9)
+    return jnp.zeros_like(leaf) if way == 'off' and keys[-2:] == ['out', 'kernel'] else leaf
+  return jax.tree_util.tree_map_with_path(of, params)

@@ -126,7 +126,7 @@ def test_language(tmp_path):
   assert saved['tokens']['test'] == 7 * 6 and saved['bytes']['test'] == (tmp_path / 'test').stat().st_size
   memory, attention = saved['rows']
   assert abs(memory['parameters'] / attention['parameters'] - 1) < 0.05
-  assert set(memory['test_nll']) == {'sliding', 'carried', 'frozen', 'off'} and set(attention['test_nll']) == {'sliding'}
+  assert set(memory['test_nll']) == {'sliding', 'carried'} and set(attention['test_nll']) == {'sliding'}
   nll = np.array(memory['test_nll'][memory['evaluation']])
   assert np.allclose(memory['bits_per_byte_seeds'], nll / np.log(2) * 7 * 6 / saved['bytes']['test'], rtol=1e-3)
   assert np.allclose(memory['perplexity_seeds'], np.exp(nll), rtol=1e-3)
