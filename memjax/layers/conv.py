@@ -4,6 +4,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from memjax.ops.counts import cumulate
+
 
 class Taps(NamedTuple):
   """Where each tap of each token looks: indices into [tail, tokens], and whether that source may be used.
@@ -26,7 +28,7 @@ def find_taps(width: int, length: int, *, written_BxL: jax.Array | None, reset_B
   if written_BxL is None:
     source_NxW = W + jnp.arange(L + 1)[:, None] - 1 - jnp.arange(W)[None]
     return Taps(None, jnp.take(segment_BxM, source_NxW, axis=1) == segment_BxN[..., None])
-  count_BxL = jnp.cumsum(written_BxL.astype(jnp.int32), 1)
+  count_BxL = cumulate(written_BxL)
   before_BxN = jnp.concatenate([count_BxL - written_BxL, count_BxL[:, -1:]], 1)
   place = jnp.where(written_BxL, count_BxL - 1, L)
   where_BxL = jnp.zeros((B, L), jnp.int32).at[jnp.arange(B)[:, None], place].set(jnp.arange(L, dtype=jnp.int32)[None] + W, mode='drop')

@@ -8,6 +8,7 @@ from memjax.layers.linear import Linear, partitioned
 from memjax.layers.norm import RMSNorm
 from memjax.memory.base import Memory, both, real_resets
 from memjax.ops.attention import attend, attend_ring, attend_window
+from memjax.ops.counts import cumulate
 from memjax.ops.rope import frequencies, magnitude, rotate
 from memjax.ops.sequence import from_before, from_piece
 
@@ -146,7 +147,7 @@ class Attention(Memory):
   def _look(self, q, keys, values, *, see_BxM, segment_BxM, past, dense):
     """Dense scores: a query sees written keys of its segment, at most `past` back where a ring limits the reach."""
     del dense
-    rank_BxM = jnp.cumsum(see_BxM.astype(jnp.int32), 1)
+    rank_BxM = cumulate(see_BxM)
     def see(start, size):
       row = lambda a: jax.lax.dynamic_slice_in_dim(jnp.pad(a[:, past:], ((0, 0), (0, size))), start, size, 1)[..., None]
       own, near = row(rank_BxM), see_BxM[:, None] & (segment_BxM[:, None] == row(segment_BxM))
@@ -160,7 +161,7 @@ class Attention(Memory):
     M, last_B = state.k_BxGxMxK.shape[2], segment_BxL[:, -1]
     kept_BxL = wrote_BxL & (segment_BxL == last_B[:, None])
     start_B = jnp.where(last_B == 0, state.count_B, 0)
-    rank_BxL = start_B[:, None] + jnp.cumsum(kept_BxL.astype(jnp.int32), 1)
+    rank_BxL = start_B[:, None] + cumulate(kept_BxL)
     count_B = rank_BxL[:, -1]
     if not M: return state.replace(count_B=count_B)
     slot = jnp.where(kept_BxL & (rank_BxL > count_B[:, None] - M), (rank_BxL - 1) % M, M)

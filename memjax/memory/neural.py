@@ -3,7 +3,6 @@
 The state is the change of its weights since the learned start, their momenta, and the pending tokens of the current chunk as rank-1
 factors: weights are rewritten once a chunk, and every token still reads the weights after its own write.
 """
-import math
 from typing import Any
 
 import jax
@@ -13,6 +12,8 @@ from memjax.memory.base import both, real_resets, where_rows
 from memjax.memory.neural_inputs import NeuralItems
 from memjax.memory.neural_state import RECENT, RUNNING, NeuralState, NeuralStep, Pending, watched
 from memjax.ops import neural as ops
+from memjax.ops.counts import cumulate
+from memjax.ops.nested_scan import nested_scan
 from memjax.ops.neural_layout import Layout, lay_out, rearrange
 from memjax.ops.neural_scan import Chunk, Told, scan_chunks
 from memjax.ops.neural_steps import coefficients
@@ -30,29 +31,26 @@ class Neural(NeuralStep):
     def by_steps(state): return self._by_steps(state, inputs, mask_BxL, **flow)
     def in_chunks(state):
       layout = self._layout(state, real_BxL, reset_BxL)
-      if layout.full.shape[1] >= L: return self.chunks(state, inputs, layout, (real_BxL, reset_BxL))[:2]     # a chunk for each token
-      return jax.lax.cond(layout.fits, lambda state: self.chunks(state, inputs, layout, (real_BxL, reset_BxL))[:2], by_steps, state)
+      fast = lambda state: self.chunks(state, inputs, layout, (real_BxL, reset_BxL), whole=mask_BxL is None)[:2]
+      if layout.full.shape[1] >= L: return fast(state)                                                       # a chunk for each token
+      return jax.lax.cond(layout.fits, fast, by_steps, state)
     if write_mask_BxL is None: return in_chunks(state)
     some = jnp.any(real_BxL & write_mask_BxL)
-    later = jnp.any(reset_BxL & (jnp.cumsum(real_BxL, 1) > 1))
+    later = jnp.any(reset_BxL & (cumulate(real_BxL) > 1))
     def frozen(state): return self._frozen(state, inputs, real_BxL, reset_BxL)
     partly = lambda state: jax.lax.cond(some | later, by_steps, frozen, state)
     return jax.lax.cond(jnp.any(real_BxL & ~write_mask_BxL), partly, in_chunks, state)
 
   def _by_steps(self, state, inputs, mask_BxL, *, write_mask_BxL, reset_BxL):
-    """The scan of `step`; the gradient keeps 3 L^(1/3) states and recomputes the rest twice."""
+    """The scan of `step`."""
     B, L = inputs.stream_BxLxE.shape[:2]
-    few = max(round(L ** (1 / 3)), 1)
-    shape = -(-L // (few * few)), few, few
     real_BxL = jnp.ones((B, L), bool) if mask_BxL is None else mask_BxL
-    cut = lambda a: jnp.swapaxes(jnp.pad(a, [(0, 0), (0, math.prod(shape) - L)] + [(0, 0)] * (a.ndim - 2)), 0, 1).reshape(
-        *shape, B, *a.shape[2:])
     def token(state, token):
       inputs, mask_B, write_mask_B, reset_B = token
       return self.step(state, inputs, mask_B, write_mask_B=write_mask_B, reset_B=reset_B)
-    scan = lambda body: jax.checkpoint(lambda state, tokens: jax.lax.scan(body, state, tokens))
-    state, y = scan(scan(scan(jax.checkpoint(token))))(state, jax.tree.map(cut, (inputs, real_BxL, write_mask_BxL, reset_BxL)))
-    return state, jnp.swapaxes(y.reshape(-1, *y.shape[3:]), 0, 1)[:, :L]
+    first = lambda a: jnp.swapaxes(a, 0, 1)
+    state, y_LxBxE = nested_scan(token, state, jax.tree.map(first, (inputs, real_BxL, write_mask_BxL, reset_BxL)))
+    return state, first(y_LxBxE)
 
   def _layout(self, state, real_BxL, reset_BxL) -> Layout:
     C = self.config.chunk
@@ -65,13 +63,14 @@ class Neural(NeuralStep):
     y_BxLxE = self._flat(self.read_pending(state, items.query))
     return state, jnp.where(real_BxL[..., None], y_BxLxE, 0)
 
-  def chunks(self, state, inputs, layout: Layout, flow: tuple) -> tuple[NeuralState, jax.Array, Told]:
-    """(state, y [B, L, E], what was told of each token [B, L, H]) by the scan over chunks."""
+  def chunks(self, state, inputs, layout: Layout, flow: tuple, *, whole: bool = False) -> tuple[NeuralState, jax.Array, Told]:
+    """(state, y [B, L, E], what was told of each token [B, L, H]) by the scan over chunks; `whole`: no token is
+    masked, which spares convolutions a gather and its scatter."""
     real_BxL, reset_BxL = flow
     old, state = state, where_rows(layout.begins, jax.tree.map(jnp.zeros_like, state), state)
     start = self.start(real_BxL.shape[0])
     def prepare(state, inputs, tail):
-      items, tail = self.projections.items(inputs, tail, written_BxL=real_BxL, reset_BxL=reset_BxL)
+      items, tail = self.projections.items(inputs, tail, written_BxL=None if whole else real_BxL, reset_BxL=reset_BxL)
       slots = self._in_slots(state, items, layout)
       gates, tokens = self._by_chunk(slots)
       found, _ = coefficients(self.rule.momentum, gates, inside=not self.is_block)
@@ -113,8 +112,8 @@ class Neural(NeuralStep):
 
   def _running(self, state, told: Told, real_BxL, reset_BxL):
     """The running means after the call."""
-    later_BxL = real_BxL.sum(1, keepdims=True) - jnp.cumsum(real_BxL, 1)
-    after_BxL = jnp.cumsum(reset_BxL, 1) == reset_BxL.sum(1, keepdims=True)
+    later_BxL = real_BxL.sum(1, keepdims=True) - cumulate(real_BxL)
+    after_BxL = cumulate(reset_BxL) == reset_BxL.sum(1, keepdims=True)
     weight_BxL = jnp.where(real_BxL & after_BxL, (1 - RECENT) * RECENT ** later_BxL.astype(self.state_dtype), 0)
     carried_B = jnp.where(reset_BxL.any(1), 0, RECENT ** real_BxL.sum(1).astype(self.state_dtype))
     return jnp.einsum('bl,blhy->bhy', weight_BxL, watched(told)) + carried_B[:, None, None] * state.running_BxHxY

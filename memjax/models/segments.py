@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from memjax.ops.nested_scan import nested_scan
 from memjax.ops.neural_layout import Layout, rearrange
 from memjax.ops.neural_scan import group_size
 
@@ -61,12 +62,11 @@ def scan_segments(body: Any, carry: Any, tokens: ContextTokens, *, layout: Layou
 
 def scan_tokens(body: Any, carry: Any, tokens: ContextTokens) -> tuple[Any, Any]:
   """(carry, outputs [B, L, ...]) of `body` over single tokens."""
-  L = tokens.real_BxT.shape[1]
   def step(carry, item):
     number, token = item
     token = jax.tree.map(lambda a: a[:, None], token.replace(fresh_B=None)).replace(fresh_B=token.fresh_B)
     carry, out = body(carry, (number, token))
     return carry, jax.tree.map(lambda a: a[:, 0], out)
-  items = jnp.arange(L), jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), tokens)
-  carry, out = jax.lax.scan(jax.checkpoint(step, prevent_cse=False), carry, items)
+  items = jnp.arange(tokens.real_BxT.shape[1]), jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), tokens)
+  carry, out = nested_scan(step, carry, items)
   return carry, jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), out)

@@ -4,6 +4,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from memjax.ops.counts import cumulate
+
 
 class Layout(NamedTuple):
   """Tokens of a row in N chunks of C slots. The source is C pending tokens followed by the L tokens of the call.
@@ -26,12 +28,12 @@ def lay_out(written_BxL: jax.Array, reset_BxL: jax.Array, slot_B: jax.Array, *, 
   """The layout of written tokens, of which `reset` start documents; `slot` tokens are pending. A document opens a chunk of its own."""
   B, L = written_BxL.shape
   reset_BxL, none = reset_BxL & written_BxL, count * chunk
-  order_BxL = jnp.cumsum(written_BxL.astype(jnp.int32), 1) - 1
+  order_BxL = cumulate(written_BxL) - 1
   begins_B = jnp.any(reset_BxL & (order_BxL == 0), 1)
   slot_B = jnp.where(begins_B, 0, slot_B)
-  base_BxL = jax.lax.cummax(jnp.where(reset_BxL, order_BxL, -slot_B[:, None]), axis=1)
+  base_BxL = cumulate(jnp.where(reset_BxL, order_BxL, -slot_B[:, None]), jnp.maximum)
   spot_BxL = (order_BxL - base_BxL) % chunk
-  number_BxL = jnp.cumsum((written_BxL & (spot_BxL == 0)).astype(jnp.int32), 1) - (slot_B == 0)[:, None]
+  number_BxL = cumulate(written_BxL & (spot_BxL == 0)) - (slot_B == 0)[:, None]
   place_BxL = jnp.where(written_BxL, number_BxL * chunk + spot_BxL, none)
   fits = jnp.all((place_BxL < none) | ~written_BxL)
   spots = jnp.arange(chunk, dtype=jnp.int32)[None]
