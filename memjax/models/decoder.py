@@ -61,18 +61,19 @@ class Decoder(nn.Module):
   @nn.compact
   def __call__(self, token_BxL: jax.Array, state: dict, *, position_BxL: jax.Array, mask_BxL: jax.Array | None = None,
                write_mask_BxL: jax.Array | None = None, reset_BxL: jax.Array | None = None, key: jax.Array | None = None,
-               prepared: dict | None = None, collect: bool = False, remat: bool = False, last: bool = False,
+               prepared: dict | None = None, collect: bool = False, remat: bool = False, last: bool = False, headless: bool = False,
                frozen: tuple[str, ...] = (), silent: tuple[str, ...] = ()) -> tuple[jax.Array, dict, dict]:
     """(logits [B, L, A] in float32 at least, state, aux).
 
     A document starts where `position_BxL` is 0 (or where `reset_BxL` says). `key` switches dropout and replay on.
     `prepared` is what `prepare_memories` gave for these parameters, None = computed in this call. `last`: logits [B, 1, A] of
-    the last token alone. `frozen` names mixers into which no token writes, `silent` those whose read is replaced by zeros.
+    the last token alone. `headless`: what `head` takes, [B, L, D], in place of logits. `frozen` names mixers into which no token
+    writes, `silent` those whose read is replaced by zeros.
     aux: float32 scalars averaged over the memories that report them, 'penalty' among them; 'load', the use of chapters by
     layer, where a selection bias asks for it; with `collect` also 'layers'.
     """
     c, dtype = self.config, compute_dtype(self.config)
-    embed = Embed(c.vocabulary, c.width, c.embedding.std, dtype, name='embed')
+    embed = _embed(c, name='embed')
     x_BxLxD = embed(token_BxL)
     if c.embedding.position:
       x_BxLxD += PositionTable(c.embedding.max_position, c.width, c.embedding.std, dtype, name='position')(position_BxL)
@@ -85,12 +86,9 @@ class Decoder(nn.Module):
           x_BxLxD, state[part], (self._keys(part, fold(key, number + 1)), (prepared or {}).get(part, {})), flow)
     if last: x_BxLxD = x_BxLxD[:, -1:]
     x_BxLxD = make_norm(c.block.norm, epsilon=c.block.norm_epsilon, dtype=dtype, name='norm')(x_BxLxD)
-    if c.embedding.tie: logits_BxLxA = embed.attend(x_BxLxD)
-    else:
-      head = Linear(c.vocabulary, ('embed', 'vocabulary'), std=c.block.init_std, dtype=dtype, lora=settings(c), name='head')
-      logits_BxLxA = head(x_BxLxD)
-    wide = jnp.promote_types(jnp.float32, dtype)
-    return constrain(logits_BxLxA.astype(wide), ('batch', 'tokens', 'vocabulary')), new, summarise(aux, collect)
+    if headless: return x_BxLxD, new, summarise(aux, collect)
+    logits_BxLxA = embed.attend(x_BxLxD) if c.embedding.tie else _head(c, name='head')(x_BxLxD)
+    return _placed(logits_BxLxA, dtype), new, summarise(aux, collect)
 
   def _keys(self, part: str, key: jax.Array | None):
     return key if key is None or part != 'repeats' else jax.random.split(key, self.config.repeats)
@@ -101,6 +99,30 @@ class Decoder(nn.Module):
     scan = nn.scan(kind, variable_axes={'params': 0}, split_rngs={'params': True, NOISE: True}, in_axes=(1, 0, nn.broadcast),
                    out_axes=(1, 0), length=self.config.repeats, metadata_params={nn.PARTITION_NAME: 'layers'})
     return scan(self.config, stacks(self.config)[part], collect, name=part)
+
+
+def _embed(c: ModelConfig, **more: Any) -> Embed:
+  return Embed(c.vocabulary, c.width, c.embedding.std, compute_dtype(c), **more)
+
+
+def _head(c: ModelConfig, **more: Any) -> Linear:
+  return Linear(c.vocabulary, ('embed', 'vocabulary'), std=c.block.init_std, dtype=compute_dtype(c), lora=settings(c), **more)
+
+
+def _placed(logits_BxLxA: jax.Array, dtype: Any) -> jax.Array:
+  return constrain(logits_BxLxA.astype(jnp.promote_types(jnp.float32, dtype)), ('batch', 'tokens', 'vocabulary'))
+
+
+def head_params(config: ModelConfig, params: dict) -> dict:
+  """The parameters that `head` needs."""
+  return params['embed' if config.embedding.tie else 'head']
+
+
+def head(config: ModelConfig, params: dict, x_BxLxD: jax.Array, rngs: dict | None = None) -> jax.Array:
+  """Logits [B, L, A] of what a decoder returns `headless`; `params` are `head_params`, `rngs` as for `apply`."""
+  if config.embedding.tie: logits_BxLxA = _embed(config, parent=None).apply({'params': params}, x_BxLxD, method='attend')
+  else: logits_BxLxA = _head(config, parent=None).apply({'params': params}, x_BxLxD, rngs=rngs)
+  return _placed(logits_BxLxA, compute_dtype(config))
 
 
 def set_prompt_length(state: dict, length_B: jax.Array) -> dict:

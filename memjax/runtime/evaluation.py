@@ -11,7 +11,8 @@ from memjax.config.schema import Config
 from memjax.data.pipeline import eval_batches
 from memjax.data.tokens import Tokens
 from memjax.runtime import sharding
-from memjax.runtime.losses import Totals, scores, token_losses
+from memjax.runtime.losses import Totals, scores
+from memjax.runtime.scoring import score
 from memjax.runtime.state import check_carry
 from memjax.runtime.test_time import held
 
@@ -28,9 +29,8 @@ def make_evaluator(model: Any, *, stream: bool = False, mesh: Mesh | None = None
   kept = held(model.config, test_time)
   if stream: check_carry(model.config, 'evaluation.stream')
   def call(params, memory, batch):
-    logits_BxLxA, memory, _ = model.apply({'params': params}, batch['token'], memory, position_BxL=batch['position'],
-                                          mask_BxL=batch['mask'], **kept)
-    return token_losses(logits_BxLxA, batch['target'], batch['weight']), memory
+    totals, _, memory = score(model, params, memory, batch, **kept)
+    return totals, memory
   alone = jax.jit(lambda params, batch: call(params, model.init_state(batch['token'].shape[0]), batch)[0])
   carried = jax.jit(call, donate_argnums=1)
 

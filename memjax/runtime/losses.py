@@ -1,5 +1,7 @@
 """Cross-entropy over tokens as sums and counts: means are taken once, at the end, never of means."""
+import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +24,53 @@ def token_losses(logits_BxLxA: jax.Array, target_BxL: jax.Array, weight_BxL: jax
   hit_BxL = jnp.argmax(logits_BxLxA, -1) == target_BxL
   return Totals(jnp.sum(jnp.where(weight_BxL, nats_BxL, 0)), jnp.sum(weight_BxL, dtype=jnp.int32),
                 jnp.sum(hit_BxL & weight_BxL, dtype=jnp.int32))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def head_losses(cut: tuple[Callable, int], params: Any, x_BxLxD: jax.Array, target: tuple[jax.Array, jax.Array]) -> Totals:
+  """`token_losses` of the logits `head(params, x)` for a target (target [B, L], weight [B, L]), `size` tokens of a row at a time;
+  `cut` = (head, size).
+
+  The logits of all tokens never exist together. The gradient of a piece is taken where its logits are, in the forward pass,
+  and waits as one array like x and one like `params`, so that nothing is computed twice.
+  """
+  head, size = cut
+  def piece(total, part):
+    return add(total, token_losses(head(params, part[0]), *part[1])), None
+  return jax.lax.scan(piece, _nothing(x_BxLxD), _cut(size, (x_BxLxD, target)))[0]
+
+
+def _nothing(x):
+  return Totals(jnp.zeros((), jnp.promote_types(jnp.float32, x.dtype)), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+
+
+def _cut(size, tree):
+  """Pieces of `size` tokens, [N, B, size, ...]; tokens that fill the last one weigh nothing."""
+  def one(a):
+    a = jnp.pad(a, [(0, 0), (0, -a.shape[1] % size)] + [(0, 0)] * (a.ndim - 2))
+    return jnp.moveaxis(a.reshape(a.shape[0], -1, size, *a.shape[2:]), 1, 0)
+  return jax.tree.map(one, tree)
+
+
+def _head_losses_forward(cut, params, x, target):
+  head, size = cut
+  def piece(carry, part):
+    total, so_far = carry
+    def nats(params, x):
+      totals = token_losses(head(params, x), *part[1])
+      return totals.nats, totals
+    (params_g, x_g), totals = jax.grad(nats, argnums=(0, 1), has_aux=True)(params, part[0])
+    return (add(total, totals), jax.tree.map(jnp.add, so_far, params_g)), x_g
+  start = _nothing(x), jax.tree.map(jnp.zeros_like, params)
+  (total, params_g), x_g = jax.lax.scan(piece, start, _cut(size, (x, target)))
+  return total, (params_g, jnp.moveaxis(x_g, 0, 1).reshape(x.shape[0], -1, x.shape[2])[:, :x.shape[1]])
+
+
+def _head_losses_backward(cut, saved, g):
+  return *jax.tree.map(lambda a: (a * g.nats).astype(a.dtype), saved), None
+
+
+head_losses.defvjp(_head_losses_forward, _head_losses_backward)
 
 
 def add(a: Totals, b: Totals) -> Totals:

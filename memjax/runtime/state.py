@@ -15,7 +15,8 @@ from memjax.layers.tree import named, unnamed
 from memjax.models.decoder import init_params, noise, param_shapes
 from memjax.runtime import optim, sharding
 from memjax.runtime.balance import LOAD, move_biases
-from memjax.runtime.losses import Totals, token_losses
+from memjax.runtime.losses import Totals
+from memjax.runtime.scoring import score
 
 
 class TrainState(NamedTuple):
@@ -96,10 +97,7 @@ def make_forward(model: Any, config: Config) -> Callable:
   """
   training = config.training
   def call(params, memory, batch, key):
-    logits_BxLxA, memory, aux = model.apply({'params': params}, batch['token'], memory, position_BxL=batch['position'],
-                                            mask_BxL=batch.get('mask'), key=key, remat=training.remat,
-                                            rngs=noise(config.model, key))
-    return token_losses(logits_BxLxA, batch['target'], batch['weight']), aux, memory
+    return score(model, params, memory, batch, key=key, remat=training.remat, rngs=noise(config.model, key))
 
   def segments(params, memory, batch, key):
     number = training.length // training.bptt
