@@ -4,7 +4,15 @@ import re
 import pytest
 
 from memjax.config import neural
-from memjax.config.neural import NeuralConfig, NeuralExecConfig, NeuralGatesConfig, NeuralNetConfig, NeuralProjConfig, NeuralRuleConfig
+from memjax.config.neural import (
+  NeuralConfig,
+  NeuralExecConfig,
+  NeuralGatesConfig,
+  NeuralNetConfig,
+  NeuralProjConfig,
+  NeuralRuleConfig,
+  NeuralWriteConfig,
+)
 from memjax.config.schema import ModelConfig
 from tests.test_config import message_of, rules
 
@@ -41,6 +49,9 @@ REFUSED = [
   (lambda: NeuralConfig(rule=EXACT, net=NeuralNetConfig(kind='linear', residual='on')), "rule.mode='exact' needs"),
   (lambda: NeuralConfig(rule=EXACT, net=MATRIX, gates=NeuralGatesConfig(theta_norm='chunk')), "gates.theta_norm='chunk' would make"),
   (lambda: NeuralConfig(exec=NeuralExecConfig(solver='lax')), "exec.solver applies to rule.mode='exact', not to 'token'"),
+  (lambda: NeuralConfig(rule=NeuralRuleConfig(mode='block'), write=NeuralWriteConfig(window=2)), "write.window=2 needs rule.mode='token'"),
+  (lambda: NeuralConfig(chunk=4, write=NeuralWriteConfig(window=5)), 'write.window=5 reaches back beyond one chunk=4'),
+  (lambda: NeuralConfig(rule=EXACT, net=MATRIX, write=NeuralWriteConfig(per_tensor=True)), 'write.per_tensor applies to rule.mode='),
   (lambda: NeuralConfig(key_width=8, value_width=4), 'value_width must be key_width in the residual form of net'),
   (lambda: NeuralConfig(rule=CONSTANT, gates=NeuralGatesConfig(alpha_bias=-5.0)), 'gates.alpha_bias needs rule.forget'),
   (lambda: NeuralConfig(rule=NeuralRuleConfig(momentum='none'), gates=NeuralGatesConfig(eta_bias=1.0)), 'gates.eta_bias needs'),

@@ -95,6 +95,14 @@ class NeuralGatesConfig:
 
 
 @config
+class NeuralWriteConfig:
+  """What one token writes (specification sections 4 and 5.5)."""
+  pairs: int = option(1, 'pairs of key and value of each token', low=1)
+  window: int = option(1, 'tokens whose gradients each step follows, taken at one anchor (omega rule; mode token)', low=1)
+  per_tensor: bool = option(False, 'a learned factor in (0, 2) on the step size for each fast tensor (modes token and block)')
+
+
+@config
 class NeuralProjConfig:
   """From the layer's input to queries, keys and values, and from the read to its output (specification section 4)."""
   conv_width: int = option(4, 'taps of the causal short convolution; 0 = none', low=0)
@@ -127,17 +135,21 @@ class NeuralConfig:
   net: NeuralNetConfig = option(NeuralNetConfig(), 'the network')
   rule: NeuralRuleConfig = option(NeuralRuleConfig(), 'the inner optimiser')
   gates: NeuralGatesConfig = option(NeuralGatesConfig(), 'step size, momentum, forgetting')
+  write: NeuralWriteConfig = option(NeuralWriteConfig(), 'what one token writes')
   proj: NeuralProjConfig = option(NeuralProjConfig(), 'projections')
   exec: NeuralExecConfig = option(NeuralExecConfig(), 'how it is computed')
 
   def __post_init__(self):
-    net, rule, gates = self.net, self.rule, self.gates
+    net, rule, gates, write = self.net, self.rule, self.gates, self.write
     refuse(rule.mode == 'exact' and (net.kind != 'linear' or net.has_residual),
            f"rule.mode='exact' needs net.kind='linear' without residual, not {net.kind!r}")
     refuse(rule.mode == 'exact' and gates.theta_norm == 'chunk',
            "gates.theta_norm='chunk' would make the result of rule.mode='exact' depend on the chunk")
     refuse(net.weight_norm and rule.mode != 'block', f"net.weight_norm applies to rule.mode='block', not to {rule.mode!r}")
     refuse(self.exec.solver != 'blocked' and rule.mode != 'exact', f"exec.solver applies to rule.mode='exact', not to {rule.mode!r}")
+    refuse(write.window > 1 and rule.mode != 'token', f"write.window={write.window} needs rule.mode='token', not {rule.mode!r}")
+    refuse(write.window > self.chunk, f'write.window={write.window} reaches back beyond one chunk={self.chunk}')
+    refuse(write.per_tensor and rule.mode == 'exact', "write.per_tensor applies to rule.mode='token' and 'block', not to 'exact'")
     refuse(net.has_residual and self.value_width not in (0, self.key_width), 'value_width must be key_width in the residual form of net')
     refuse(gates.alpha_bias != 0 and not rule.forget, 'gates.alpha_bias needs rule.forget')
     refuse(gates.eta_bias != 2.197 and rule.momentum == 'none', 'gates.eta_bias needs rule.momentum')

@@ -3,8 +3,6 @@
 The state is the change of its weights since the learned start, their momenta, and the pending tokens of the current chunk as rank-1
 factors: weights are rewritten once a chunk, and every token still reads the weights after its own write.
 """
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
@@ -16,7 +14,7 @@ from memjax.ops.counts import cumulate
 from memjax.ops.nested_scan import nested_scan
 from memjax.ops.neural_layout import Layout, lay_out, rearrange
 from memjax.ops.neural_scan import Chunk, Told, scan_chunks
-from memjax.ops.neural_steps import coefficients
+from memjax.ops.neural_steps import coefficients, for_pairs
 
 
 class Neural(NeuralStep):
@@ -68,14 +66,16 @@ class Neural(NeuralStep):
     masked, which spares convolutions a gather and its scatter."""
     real_BxL, reset_BxL = flow
     old, state = state, where_rows(layout.begins, jax.tree.map(jnp.zeros_like, state), state)
-    start = self.start(real_BxL.shape[0])
+    start, before = self.start(real_BxL.shape[0]), self.reach[1]
     def prepare(state, inputs, tail):
       items, tail = self.projections.items(inputs, tail, written_BxL=None if whole else real_BxL, reset_BxL=reset_BxL)
       slots = self._in_slots(state, items, layout)
-      gates, tokens = self._by_chunk(slots)
-      found, _ = coefficients(self.rule.momentum, gates, inside=not self.is_block)
-      return slots, tokens, found, jnp.moveaxis(slots.query, (1, 3), (0, 2)), tail
-    slots, tokens, found, query, tail = jax.checkpoint(prepare)(state, inputs, old.tail)      # elementwise, cheap to do again
+      rows = jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), slots)
+      halo = self._halo(state, rows, jnp.swapaxes(layout.fresh, 0, 1)) if before else None
+      gates, tokens = self.tokens(rows, halo)
+      found = coefficients(self.rule.momentum, gates, inside=not self.is_block, window=before + 1, pairs=self.rule.pairs)
+      return slots, halo, tokens, found, jnp.swapaxes(rows.query, 2, 3), tail
+    slots, halo, tokens, found, query, tail = jax.checkpoint(prepare)(state, inputs, old.tail)      # elementwise, cheap to do again
     chunks = Chunk(query, tokens, found, jnp.swapaxes(layout.full, 0, 1), jnp.swapaxes(layout.fresh, 0, 1))
     memory = (state.anchor, state.fast) if self.is_block else state.fast
     e = self.config.exec
@@ -84,7 +84,9 @@ class Neural(NeuralStep):
     told = Told(*(self._back(a[..., None], layout)[..., 0] for a in told))
     new = state.replace(slot_B=layout.slot, tail=tail, running_BxHxY=self._running(state, told, real_BxL, reset_BxL))
     if self.is_block: new = new.replace(anchor=memory[0], fast=memory[1])
-    else: new = new.replace(fast=memory, pending=self._pending(memory, start, slots, layout))
+    else:
+      if before: new = new.replace(halo=self._last_halo(halo, slots, layout))
+      new = new.replace(fast=memory, pending=self._pending(new.replace(fast=memory), start, slots, layout))
     return where_rows(real_BxL.any(1), new, old), jnp.where(real_BxL[..., None], y_BxLxE, 0), told
 
   def _in_slots(self, state, items: NeuralItems, layout: Layout) -> NeuralItems:
@@ -98,11 +100,19 @@ class Neural(NeuralStep):
       return a.reshape(a.shape[0], -1, C, *a.shape[2:])
     return NeuralItems(*(cut(name) for name in ('query', 'key', 'value', 'gate')))
 
-  def _by_chunk(self, slots: NeuralItems) -> tuple[Any, ops.Tokens]:
-    """(gates [N, B, H, C], writes [N, B, H, C, ...]) of items in slots."""
-    gates = self.projections.unpack(jnp.moveaxis(slots.gate, (3, 1, 0, 4), (0, 1, 2, 3)))
-    key, value = (jnp.moveaxis(a, (1, 3), (0, 2)) for a in (slots.key, slots.value))
-    return gates, ops.Tokens(key, value, jnp.where(gates.write, gates.theta, 0), 1 - gates.alpha)
+  def _halo(self, state, rows: NeuralItems, fresh_NxB) -> NeuralItems:
+    """The tokens [N, B, window - 1, ...] before each chunk of items [N, B, C, ...] in slots; zeros where a document starts."""
+    def before(old, a):
+      a = jnp.concatenate([old[None].astype(a.dtype), a[:-1, :, -old.shape[1]:]])
+      return jnp.where(fresh_NxB.reshape(*fresh_NxB.shape, *(1,) * (a.ndim - 2)), 0, a)
+    return jax.tree.map(before, state.halo, rows.replace(query=None))
+
+  def _last_halo(self, halo: NeuralItems, slots: NeuralItems, layout: Layout) -> NeuralItems:
+    """The tokens of the window before the chunk that the next token belongs to."""
+    def one(halo, a):
+      take = lambda a: jnp.take_along_axis(a, layout.last.reshape(-1, *(1,) * (a.ndim - 1)), 1)[:, 0]
+      return where_rows(layout.slot > 0, take(jnp.swapaxes(halo, 0, 1)), take(a)[:, -halo.shape[2]:]).astype(self.state_dtype)
+    return jax.tree.map(one, halo, slots.replace(query=None))
 
   def _back(self, a, layout: Layout):
     """Outputs [N, B, H, C, width] at the tokens of the call, [B, L, H, width]."""
@@ -118,22 +128,25 @@ class Neural(NeuralStep):
     carried_B = jnp.where(reset_BxL.any(1), 0, RECENT ** real_BxL.sum(1).astype(self.state_dtype))
     return jnp.einsum('bl,blhy->bhy', weight_BxL, watched(told)) + carried_B[:, None, None] * state.running_BxHxY
 
-  def _pending(self, memory, start, slots: NeuralItems, layout: Layout) -> Pending:
-    """The tokens of each row's last chunk where it is not complete, with their factors at its start."""
-    C = self.config.chunk
+  def _pending(self, state, start, slots: NeuralItems, layout: Layout) -> Pending:
+    """The tokens of each row's last chunk where it is not complete, with their factors at its start, the weights of the state."""
+    C, memory, (pairs, before) = self.config.chunk, state.fast, self.reach
     valid = jnp.arange(C)[None] < layout.slot[:, None]
     def last(a):
       a = jnp.take_along_axis(a, layout.last.reshape(-1, *(1,) * (a.ndim - 1)), 1)[:, 0]
       return jnp.where(valid.reshape(*valid.shape, *(1,) * (a.ndim - 2)), a, 0)
     kept = NeuralItems(*(last(getattr(slots, name)) for name in ('query', 'key', 'value', 'gate')))
     gates, tokens = self.tokens(kept)
-    whole, _ = coefficients(self.rule.momentum, gates)
-    found = ops.find_factors(self.rule, start, memory, tokens, coefficients=whole)
-    wide = self.state_dtype
-    only = lambda a: jnp.where(valid[:, None, :, None], a.astype(wide), 0)
+    whole = coefficients(self.rule.momentum, gates, window=before + 1)
+    found = ops.find_factors(self.rule, start, memory, tokens, coefficients=for_pairs(whole, pairs))
+    wide, past = self.state_dtype, self.past_factors(start, memory, state.halo) if before else None
+    def only(a, first=None):
+      a = jnp.where(jnp.repeat(valid, pairs, 1)[:, None, :, None], a.astype(wide), 0)
+      return a if first is None else jnp.concatenate([first.astype(wide), a], 2)
     eye = jnp.eye(self.rule.levels, dtype=wide)[None, None]
-    return Pending({n: only(a) for n, a in found.a.items()}, {n: only(d) for n, d in found.d.items()}, kept.key.astype(wide),
-                   kept.value.astype(wide), kept.gate.astype(wide), whole.push, whole.turn - eye)
+    sides = ((found.a, past.a), (found.d, past.d)) if before else ((found.a,), (found.d,))
+    a, d = (jax.tree.map(only, *side) for side in sides)
+    return Pending(a, d, kept.key.astype(wide), kept.value.astype(wide), kept.gate.astype(wide), whole.push, whole.turn - eye)
 
   def mix(self, x_BxLxD, state, **context):
     """(y [B, L, E] before the readout, state, aux), as in the base class; aux tells of the state after the call."""
@@ -169,7 +182,8 @@ class Neural(NeuralStep):
     new, _, told = self.chunks(state, inputs, self._layout(state, real_BxL, resets), (real_BxL, resets))
     items, _ = self.projections.items(inputs, state.tail, written_BxL=real_BxL, reset_BxL=resets)
     unit = lambda a: a.astype(jnp.float32) / jnp.maximum(jnp.linalg.norm(a.astype(jnp.float32), axis=-1, keepdims=True), 1e-12)
-    value, recalled = unit(items.value), unit(self.read_pending(new, items.key))
+    (_, K, V), first = self.shape, lambda a, width: a[..., :width]                    # of several pairs the first
+    value, recalled = unit(first(items.value, V)), unit(self.read_pending(new, first(items.key, K)))
     cosine = lambda value: jnp.sum(recalled * value, -1).mean(-1)
     gate = {f'{name}_BxLxH': inputs.gate_BxLxGxH[:, :, n] for n, name in enumerate(self.parts.names[:-1])}
     return {**super().statistics(state, inputs, y_BxLxE), **gate, 'inner_loss_BxLxH': told.loss, 'surprise_BxLxH': told.norm,

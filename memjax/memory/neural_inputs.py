@@ -12,6 +12,7 @@ from memjax.config.neural import NeuralConfig
 from memjax.layers.conv import find_taps, next_tail, short_conv
 from memjax.layers.linear import Linear, partitioned
 from memjax.layers.lora import Lora
+from memjax.ops.neural_nets import Network
 from memjax.ops.neural_steps import Gates
 
 
@@ -24,10 +25,10 @@ class NeuralInputs:
 
 @struct.dataclass
 class NeuralItems:
-  """Tokens after the convolution; and the tails of the streams, without this call."""
-  query: jax.Array                  # [B, L, H, K]
-  key: jax.Array
-  value: jax.Array                  # [B, L, H, V]
+  """Tokens after the convolution; and the tails of the streams, without this call. Pairs of a token lie side by side."""
+  query: Any                        # [B, L, H, K]
+  key: jax.Array                    # [B, L, H, pairs K]
+  value: jax.Array                  # [B, L, H, pairs V]
   gate: jax.Array                   # [B, L, G, H]
 
 
@@ -56,15 +57,22 @@ class NeuralProjections(nn.Module):
   @property
   def channels(self) -> tuple[int, int, int]:
     """Channels of the raw queries, keys and values."""
-    H, K, V = self.shape
-    return H * K, H * K, H * V
+    (H, K, V), pairs = self.shape, self.config.write.pairs
+    return H * K, H * K * pairs, H * V * pairs
+
+  @property
+  def network(self) -> Network:
+    """The network whose weights are the memory of a head."""
+    n, (_, K, V) = self.config.net, self.shape
+    return Network(K, V, n.kind, n.depth, n.expansion * K, n.activation, n.rank, n.has_residual, n.gain == 'slow', n.bias)
 
   @property
   def names(self) -> tuple[str, ...]:
-    """The gates in force, in the order of axis G; 'write' says that a slot holds a token that writes."""
+    """The gates in force, in the order of axis G: 'rate_' of each fast tensor; 'write' says that a slot holds a token that writes."""
     rule = self.config.rule
     names = ['theta'] + ['eta'] * (rule.momentum != 'none') + ['alpha'] * rule.forget
-    return (*names, *(('eta2', 'c0', 'c1', 'c2') if rule.momentum == 'second' else ()), 'write')
+    rates = [f'rate_{name}' for name in self.network.fast] if self.config.write.per_tensor else []
+    return (*names, *(('eta2', 'c0', 'c1', 'c2') if rule.momentum == 'second' else ()), *rates, 'write')
 
   def setup(self):
     c, (H, _, _) = self.config, self.shape
@@ -83,7 +91,7 @@ class NeuralProjections(nn.Module):
     """Logits at initialisation."""
     g, (H, _, _) = self.config.gates, self.shape
     if name == 'alpha': return g.alpha_bias or (np.linspace(-4, -8, H) if self.config.rule.decay_to == 'init' else -6.0)
-    return {'theta': g.theta_bias, 'eta': g.eta_bias, 'eta2': g.eta_bias, 'c0': 0.0, 'c1': 1.0, 'c2': 0.0}[name]
+    return {'theta': g.theta_bias, 'eta': g.eta_bias, 'eta2': g.eta_bias, 'c1': 1.0}.get(name, 0.0)
 
   def __call__(self, x_BxLxD: jax.Array) -> NeuralInputs:
     """The big matmuls, all tokens at once; gates in float32."""
@@ -94,6 +102,7 @@ class NeuralProjections(nn.Module):
     logit = logit.reshape(*logit.shape[:2], len(self.gate), -1)
     gate = {name: logit[:, :, n] for n, name in enumerate(self.gate)}
     gate = {name: a if name in ('c0', 'c1', 'c2') else jax.nn.sigmoid(a) for name, a in gate.items()}
+    gate = {name: 2 * a if name.startswith('rate_') else a for name, a in gate.items()}
     gate['theta'] = gate['theta'] * self.theta_scale(gate)
     return NeuralInputs(stream, jnp.stack([*gate.values(), jnp.ones_like(gate['theta'])], 2))
 
@@ -105,7 +114,8 @@ class NeuralProjections(nn.Module):
     base = g.theta_base or (4.0 if residual else 1.0)
     if g.theta_raw: return base
     by_chunk = g.theta_norm == 'chunk' or (g.theta_norm == '' and c.rule.mode != 'exact')
-    scale = base / ((c.chunk if by_chunk else 1) * (1 if c.proj.qk_norm == 'l2' else K))
+    many = c.chunk * c.write.pairs * c.write.window                     # gradients that the steps of a chunk follow
+    scale = base / ((many if by_chunk else 1) * (1 if c.proj.qk_norm == 'l2' else K))
     return scale * (1 - gate['eta']) if g.theta_momentum_norm and 'eta' in gate else scale
 
   def unpack(self, gate: jax.Array) -> Gates:
@@ -113,34 +123,35 @@ class NeuralProjections(nn.Module):
     found = {name: gate[n] for n, name in enumerate(self.names)}
     zero = jnp.zeros_like(found['theta'])
     more = dict(eta2=found['eta2'], mix=(found['c0'], found['c1'], found['c2'])) if 'eta2' in found else {}
+    if self.config.write.per_tensor: more['rate'] = {name: found[f'rate_{name}'] for name in self.network.fast}
     return Gates(found['theta'], found.get('eta', zero), found.get('alpha', zero), found['write'] > 0, **more)
 
   @property
   def tails(self) -> dict[str, tuple[int, int]]:
     """Tokens and channels of what the state carries: raw streams, and with `lookahead` the last key with a mark that there is one."""
-    p, (H, K, _) = self.config.proj, self.shape
-    return {'stream': (max(p.conv_width - 1, 0), sum(self.channels)), **({'key': (1, H * K + 1)} if p.lookahead else {})}
+    p, channels = self.config.proj, self.channels
+    return {'stream': (max(p.conv_width - 1, 0), sum(channels)), **({'key': (1, channels[1] + 1)} if p.lookahead else {})}
 
   def items(self, inputs: NeuralInputs, tail: dict, *, written_BxL=None, reset_BxL=None) -> tuple[NeuralItems, dict]:
     """(items, next tails): convolution over written tokens of a document, activation, norm, and the pairing of keys and values."""
-    p, (H, K, V) = self.config.proj, self.shape
+    p, (H, K, _) = self.config.proj, self.shape
     x = inputs.stream_BxLxE.astype(jnp.promote_types(jnp.float32, self.dtype))
     flow, new = dict(written_BxL=written_BxL, reset_BxL=reset_BxL), dict(tail)
     if p.conv_width:
       taps = find_taps(p.conv_width, x.shape[1], **flow)
       x, new['stream'] = short_conv(x, self.taps, tail['stream'], taps), next_tail(x, tail['stream'], taps)
     if p.activation: x = jax.nn.silu(x)
-    cut = lambda a, width: a.reshape(*a.shape[:2], H, width)
+    cut = lambda a: a.reshape(*a.shape[:2], H, -1)
     first, second, _ = self.channels
-    query, key = (unit(cut(a, K), p.qk_norm) for a in (x[..., :first], x[..., first:first + second]))
-    value, gate = cut(x[..., first + second:], V), inputs.gate_BxLxGxH
+    query, key = (unit(a.reshape(*a.shape[:2], -1, K), p.qk_norm) for a in (x[..., :first], x[..., first:first + second]))
+    key, value, gate = cut(key), cut(x[..., first + second:]), inputs.gate_BxLxGxH
     query, key, value = (a.astype(self.dtype) for a in (query, key, value))
     if p.lookahead:
       marked = jnp.concatenate([key.reshape(*key.shape[:2], -1), jnp.ones_like(key[..., 0, :1])], -1)
       taps = find_taps(2, key.shape[1], **flow)
       shift = jnp.concatenate([jnp.zeros_like(marked[:1, 0]), jnp.ones_like(marked[:1, 0])])
       before, new['key'] = short_conv(marked, shift, tail['key'], taps), next_tail(marked, tail['key'], taps)
-      key = cut(before[..., :-1], K)
+      key = cut(before[..., :-1])
       gate = gate.at[:, :, -1].multiply(before[..., -1:].astype(gate.dtype))
     return NeuralItems(query, key, value, gate), new
 

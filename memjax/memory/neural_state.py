@@ -10,9 +10,8 @@ from memjax.layers.linear import Linear, partitioned
 from memjax.memory.base import Memory, both, real_resets, where_rows
 from memjax.memory.neural_inputs import NeuralInputs, NeuralItems, NeuralProjections
 from memjax.ops import neural as ops
-from memjax.ops.neural_nets import Network
-from memjax.ops.neural_scan import Told
-from memjax.ops.neural_steps import Coefficients, advance, coefficients, steps
+from memjax.ops.neural_scan import Told, tell
+from memjax.ops.neural_steps import Coefficients, advance, coefficients, for_pairs, steps, weights
 
 RECENT = 0.99                              # share of the running means that a token keeps
 RUNNING = ('weight', 'loss', 'surprise', 'surprise_square', 'clipped')
@@ -21,7 +20,8 @@ RUNNING = ('weight', 'loss', 'surprise', 'surprise_square', 'clipped')
 @struct.dataclass
 class Pending:
   """Tokens of a chunk that is not complete, zeros where there is none: factors by name [B, H, C, width], keys, values and gates, and
-  their coefficients push [B, H, Q, C] and turn - 1 [B, H, Q, Q]."""
+  their coefficients push [B, H, Q, C] and turn - 1 [B, H, Q, Q]. Factors and push begin with the tokens of the window before the
+  chunk; factors of the pairs of a token follow each other."""
   a: dict
   d: dict
   key_BxCxHxK: jax.Array
@@ -38,8 +38,9 @@ class Pending:
   def reads(self, length: int = 1) -> Coefficients:
     """Coefficients of tokens that read the weights after all pending ones."""
     B, H, Q, C = self.push_BxHxQxC.shape
-    return Coefficients(jnp.broadcast_to(self.push_BxHxQxC[:, :, :1], (B, H, length, C)),
+    made = Coefficients(jnp.broadcast_to(self.push_BxHxQxC[:, :, :1], (B, H, length, C)),
                         jnp.broadcast_to(self.turn[:, :, 0, :, None], (B, H, Q, length)), self.turn, self.push_BxHxQxC)
+    return for_pairs(made, next(iter(self.a.values())).shape[2] // C)
 
   def factors(self) -> ops.Factors:
     """The factors, without what is told of them."""
@@ -50,13 +51,14 @@ class Pending:
 class NeuralState:
   """Fast weights minus their start, then momenta, each [B, H, ...], by name; slot: pending tokens; tails of the streams; running means
   of `RUNNING`. In modes token and exact the pending tokens; in mode block, whose weights take every token at once, those of the
-  chunk's start (minus the learned ones) from which it reads."""
+  chunk's start (minus the learned ones) from which it reads. halo: the tokens of the window before the chunk."""
   fast: dict
   slot_B: jax.Array
   tail: dict
   running_BxHxY: jax.Array
   pending: Any = None
   anchor: Any = None
+  halo: Any = None
 
 
 class NeuralStep(Memory):
@@ -87,12 +89,11 @@ class NeuralStep(Memory):
   @property
   def rule(self) -> ops.Rule:
     """The inner loop of the config."""
-    n, r, (_, K, V) = self.config.net, self.config.rule, self.shape
-    network = Network(K, V, n.kind, n.depth, n.expansion * K, n.activation, n.rank, n.has_residual, n.gain == 'slow', n.bias)
-    scale = {'half': 0.5, 'sum': 1.0, 'mean': 1 / V}[r.loss_scale]
+    c, r, network = self.config, self.config.rule, self.parts.network
+    scale = {'half': 0.5, 'sum': 1.0, 'mean': 1 / network.value_width}[r.loss_scale]
     argument = r.loss_argument or {'huber': 1.0, 'lp': 3.0}.get(r.loss, 0.0)
     return ops.Rule(network, r.mode, r.loss, scale, argument, r.momentum, r.decay_to, r.read, r.grad_at, r.clip, r.clip_kind,
-                    r.first_order, self.config.exec.solver, n.weight_norm, self.dtype)
+                    r.first_order, c.exec.solver, c.net.weight_norm, self.dtype, c.write.pairs)
 
   @property
   def order(self) -> str:
@@ -112,15 +113,17 @@ class NeuralStep(Memory):
   def init_state(self, batch: int, max_len: int = 0) -> NeuralState:
     """The learned start and nothing pending; constant in the length of the text."""
     del max_len
-    (H, K, V), C, Q = self.shape, self.config.chunk, self.rule.levels
-    fast = self.rule.network.fast
+    (H, K, V), C, Q, (pairs, before) = self.shape, self.config.chunk, self.rule.levels, self.reach
+    fast, rows = self.rule.network.fast, (before + C) * pairs
     zeros = lambda *shape: jnp.zeros((batch, *shape), self.state_dtype)
     state = NeuralState({name: tuple(zeros(H, *shape) for _ in range(Q)) for name, shape in fast.items()}, jnp.zeros((batch,), jnp.int32),
                         {name: zeros(*shape) for name, shape in self.parts.tails.items()}, zeros(H, len(RUNNING)))
     if self.is_block: return state.replace(anchor={name: zeros(H, *shape) for name, shape in fast.items()})
+    tokens = lambda count: (zeros(count, H, K * pairs), zeros(count, H, V * pairs), zeros(count, len(self.parts.names), H))
+    if before: state = state.replace(halo=NeuralItems(None, *tokens(before)))
     return state.replace(pending=Pending(
-        {name: zeros(H, C, shape[0]) for name, shape in fast.items()}, {name: zeros(H, C, shape[-1]) for name, shape in fast.items()},
-        zeros(C, H, K), zeros(C, H, V), zeros(C, len(self.parts.names), H), zeros(H, Q, C), zeros(H, Q, Q)))
+        {name: zeros(H, rows, shape[0]) for name, shape in fast.items()}, {name: zeros(H, rows, shape[-1]) for name, shape in fast.items()},
+        *tokens(C), zeros(H, Q, before + C), zeros(H, Q, Q)))
 
   def project(self, x_BxLxD: jax.Array, position_BxL: jax.Array) -> NeuralInputs:
     """Raw queries, keys and values, and the gates."""
@@ -146,22 +149,46 @@ class NeuralStep(Memory):
     new = new.replace(tail=where_rows(written_B, tail, state.tail), running_BxHxY=where_rows(written_B, running, state.running_BxHxY))
     return new, y_BxE if mask_B is None else jnp.where(mask_B[:, None], y_BxE, 0)
 
-  def tokens(self, items: NeuralItems) -> tuple[Any, ops.Tokens]:
-    """(gates [B, H, L], writes [B, H, L, ...]) of items."""
-    gates = self.projections.unpack(jnp.moveaxis(items.gate, (2, 3), (0, 2)))
-    heads = lambda a: jnp.swapaxes(a, 1, 2)
-    return gates, ops.Tokens(heads(items.key), heads(items.value), jnp.where(gates.write, gates.theta, 0), 1 - gates.alpha)
+  @property
+  def reach(self) -> tuple[int, int]:
+    """(pairs of a token, tokens before a chunk that its steps follow)."""
+    return self.config.write.pairs, self.config.write.window - 1
+
+  def tokens(self, items: NeuralItems, halo: NeuralItems | None = None) -> tuple[Any, ops.Tokens]:
+    """(gates [..., H, L] of items [..., L, ...], writes [..., H, L pairs, ...] of `halo`, then of the items)."""
+    (_, K, V), (pairs, before) = self.shape, self.reach
+    unpack = lambda gate: self.projections.unpack(jnp.swapaxes(jnp.moveaxis(gate, -2, 0), -1, -2))
+    gates = every = unpack(items.gate)
+    if halo is not None:
+      items = jax.tree.map(lambda old, new: jnp.concatenate([old.astype(new.dtype), new], -3), halo, items.replace(query=None))
+      every = unpack(items.gate)
+    def rows(a, width):
+      a = jnp.swapaxes(a, -2, -3)
+      return a.reshape(*a.shape[:-2], -1, width)
+    more = lambda a: jnp.repeat(a, pairs, -1) if pairs > 1 else a
+    each = jax.tree.map(more, (weights(every, before + 1), 1 - every.alpha, every.rate))
+    return gates, ops.Tokens(rows(items.key, K), rows(items.value, V), *each)
+
+  def past_factors(self, start, fast, halo: NeuralItems) -> ops.Factors:
+    """The factors, at the weights of `fast`, of the tokens of the window before a chunk; zeros where there is none."""
+    _, tokens = self.tokens(halo)
+    found, real = ops.factors(self.rule, ops.anchor(start, fast), start.slow, tokens), tokens.weight[..., None] > 0
+    return found._replace(a={name: jnp.where(real, a, 0) for name, a in found.a.items()})
 
   def _token_step(self, state, items, written_B):
     rule, start, old = self.rule, self.start(written_B.shape[0]), state.pending
     gates, tokens = self.tokens(items)
     found = self._one_gradient(state, start, tokens)
-    (B, H, _, C), rows = old.push_BxHxQxC.shape, jnp.arange(written_B.shape[0])
+    (B, H), C, (pairs, before), rows = old.push_BxHxQxC.shape[:2], self.config.chunk, self.reach, jnp.arange(written_B.shape[0])
     slot = jnp.where(written_B, state.slot_B, C)                                      # C: dropped
-    given = steps(rule.momentum, jax.tree.map(lambda a: a[..., 0], gates))
-    at = jnp.broadcast_to(jax.nn.one_hot(slot, C, dtype=old.push_BxHxQxC.dtype)[:, None], (B, H, C))
-    turn, push = advance(given, old.turn, old.push_BxHxQxC, at)
-    put = lambda ring, one: ring.at[rows, :, slot].set(one[:, :, 0].astype(ring.dtype), mode='drop')
+    now = jax.tree.map(lambda a: a[..., 0], gates)
+    ahead = jnp.arange(before + C)[None] - slot[:, None]
+    at = jnp.broadcast_to(((ahead >= 0) & (ahead <= before))[:, None], (B, H, before + C)).astype(old.push_BxHxQxC.dtype)
+    if before: at *= now.theta[..., None]
+    turn, push = advance(steps(rule.momentum, now), old.turn, old.push_BxHxQxC, at)
+    def put(ring, one):
+      cut = ring.reshape(B, H, -1, pairs, ring.shape[-1])
+      return cut.at[rows, :, slot + before].set(one.astype(ring.dtype), mode='drop').reshape(ring.shape)
     keep = lambda ring, one: ring.at[rows, slot].set(one[:, 0].astype(ring.dtype), mode='drop')
     new = Pending({n: put(a, found.a[n]) for n, a in old.a.items()}, {n: put(d, found.d[n]) for n, d in old.d.items()},
                   keep(old.key_BxCxHxK, items.key), keep(old.value_BxCxHxV, items.value), keep(old.gate_BxCxGxH, items.gate),
@@ -172,28 +199,37 @@ class NeuralStep(Memory):
     state = state.replace(pending=new, slot_B=jnp.where(written_B, state.slot_B + 1, state.slot_B))
     full_B = state.slot_B == C
     state = jax.lax.cond(jnp.any(full_B), lambda state: self._committed(state, start, full_B), lambda state: state, state)
-    return state, y_BxE, Told(found.loss, found.norm, found.kept)
+    return state, y_BxE, tell(rule, found, 1)
 
   def _one_gradient(self, state, start, tokens):
     """The factors of one token, at the weights where the mode takes them."""
     rule = self.rule
     if rule.mode != 'exact': return ops.factors(rule, ops.anchor(start, state.fast), start.slow, tokens)
-    past = ops.read_tokens(rule, start, state.fast, tokens.key, found=state.pending.factors(), coefficients=state.pending.reads())
-    return ops.online_factors(rule, start, tokens, past, weigh=jnp.zeros((*tokens.weight.shape, 1), tokens.weight.dtype))
+    pairs = tokens.weight.shape[-1]
+    past = ops.read_tokens(rule, start, state.fast, tokens.key, found=state.pending.factors(), coefficients=state.pending.reads(pairs))
+    return ops.online_factors(rule, start, tokens, past, weigh=jnp.zeros((*tokens.weight.shape, pairs), tokens.weight.dtype))
 
   def _committed(self, state, start, full_B):
     """The pending tokens of full rows moved into their weights."""
-    pending = state.pending
+    pending, (pairs, before) = state.pending, self.reach
     fast = ops.commit(self.rule, start, state.fast, found=pending.factors(), coefficients=pending.reads())
+    empty, halo = jax.tree.map(jnp.zeros_like, pending), state.halo
+    if before:
+      last = lambda a: a[:, -before:]
+      halo = NeuralItems(None, last(pending.key_BxCxHxK), last(pending.value_BxCxHxV), last(pending.gate_BxCxGxH))
+      found = self.past_factors(start, fast, halo)
+      put = lambda ring, one: ring.at[:, :, :before * pairs].set(one.astype(ring.dtype))
+      empty = empty.replace(a=jax.tree.map(put, empty.a, found.a), d=jax.tree.map(put, empty.d, found.d))
     return state.replace(fast=where_rows(full_B, fast, state.fast), slot_B=jnp.where(full_B, 0, state.slot_B),
-                         pending=where_rows(full_B, jax.tree.map(jnp.zeros_like, pending), pending))
+                         pending=where_rows(full_B, empty, pending), halo=where_rows(full_B, halo, state.halo))
 
   def _block_step(self, state, items, written_B):
     rule, start = self.rule, self.start(written_B.shape[0])
     gates, tokens = self.tokens(items)
     weights = {name: start.fast[name] + a for name, a in state.anchor.items()}
     found = ops.factors(rule, weights, start.slow, tokens)
-    fast = ops.commit(rule, start, state.fast, found=found, coefficients=coefficients(rule.momentum, gates, inside=False)[0])
+    made = coefficients(rule.momentum, gates, inside=False, pairs=rule.pairs)
+    fast = ops.commit(rule, start, state.fast, found=found, coefficients=made)
     y_BxE = self._flat(self.read_anchor(state, items.query))[:, 0]
     slot_B = state.slot_B + 1
     full_B = written_B & (slot_B == self.config.chunk)
@@ -201,7 +237,7 @@ class NeuralStep(Memory):
     moved = where_rows(full_B, {name: levels[0] for name, levels in fast.items()}, state.anchor)
     new = state.replace(fast=where_rows(written_B, fast, state.fast), anchor=moved,
                         slot_B=jnp.where(written_B, jnp.where(full_B, 0, slot_B), state.slot_B))
-    return new, y_BxE, Told(found.loss, found.norm, found.kept)
+    return new, y_BxE, tell(rule, found, 1)
 
   def read_pending(self, state: NeuralState, query_BxLxHxK: jax.Array) -> jax.Array:
     """y [B, L, H, V]: queries read the weights of the state, pending tokens included; nothing is written."""

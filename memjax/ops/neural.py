@@ -26,7 +26,8 @@ class Rule:
   """The inner loop. `scale` and `argument` belong to the loss; `clip` bounds the gradient norm of one token (0 = off), hard or
   'soft' (1 / (1 + N / clip)); `first_order` (not in mode 'exact') takes inner gradients at weights without outer gradient;
   `grad_at` 'decayed' takes the error of mode 'exact' at the decayed memory; `weight_norm` (mode 'block') rescales each column of a
-  matrix, where a chunk ends, to its norm at the learned start (LaCT)."""
+  matrix, where a chunk ends, to its norm at the learned start (LaCT); `pairs`: keys and values of each token; `refresh` (mode
+  'chunk_gates'): chunks between the weights at which gradients are taken, 0 = always the learned ones."""
   network: Network
   mode: str = 'token'
   loss: str = 'l2'
@@ -42,6 +43,8 @@ class Rule:
   solver: str = 'blocked'
   weight_norm: bool = False
   dtype: Any = jnp.float32
+  pairs: int = 1
+  refresh: int = 0
 
   @property
   def levels(self) -> int:
@@ -56,11 +59,13 @@ class Weights(NamedTuple):
 
 
 class Tokens(NamedTuple):
-  """Writes of a chunk: keys [B, H, C, K], values [B, H, C, V], weight [B, H, C] (theta; 0 = no write), keep = 1 - alpha [B, H, C]."""
+  """Writes of a chunk: keys [B, H, C, K], values [B, H, C, V], weight [B, H, C] (theta; 0 = no write), keep = 1 - alpha [B, H, C];
+  rate: factors on the gradients by fast tensor. Rows of C are pairs: those of one token follow each other."""
   key: jax.Array
   value: jax.Array
   weight: jax.Array
   keep: jax.Array
+  rate: dict | None = None
 
 
 class Factors(NamedTuple):
@@ -111,11 +116,11 @@ def factors(rule: Rule, weights: dict, slow: dict, tokens: Tokens) -> Factors:
     return jnp.sum(each if rule.clip else tokens.weight * each), (ops.seen, each)
   d, (a, each) = jax.grad(loss, has_aux=True)(probes)
   norm = jnp.sqrt(jnp.maximum(squared_norms(a, d), 1e-24))
-  if not rule.clip:
-    return Factors(a, d, each, norm / jnp.where(tokens.weight > 0, tokens.weight, 1), jnp.ones_like(norm))
-  kept = clip_share(rule, norm)
-  scale = (tokens.weight * kept)[..., None]
-  return Factors(a, {name: scale * d_ for name, d_ in d.items()}, each, norm, kept)
+  kept, scale = (clip_share(rule, norm), tokens.weight) if rule.clip else (jnp.ones_like(norm), None)
+  if scale is None: norm /= jnp.where(tokens.weight > 0, tokens.weight, 1)
+  else: d = {name: (scale * kept)[..., None] * d_ for name, d_ in d.items()}
+  if tokens.rate is not None: d = {name: tokens.rate[name][..., None] * d_ for name, d_ in d.items()}
+  return Factors(a, d, each, norm, kept)
 
 
 class Dual:
@@ -176,11 +181,11 @@ def read_anchor(rule: Rule, start: Weights, memory: dict, query: jax.Array) -> j
   return rule.network(Plain(anchor(start, memory), start.slow, rule.dtype), query.astype(wide))
 
 
-def commit(rule: Rule, start: Weights, memory: dict, *, found: Factors, coefficients: Coefficients) -> dict:
-  """M after the chunk: turn M - push (A, D), for each tensor one matmul of inner size C."""
+def commit(rule: Rule, start: Weights, memory: dict, *, found: Factors | dict, coefficients: Coefficients) -> dict:
+  """M after the chunk: turn M - push (A, D), for each tensor one matmul of inner size C; `found` may be the sums already, by name."""
   turn, out = coefficients.turn, {}
   for name, old in memory.items():
-    pushed = _pushed(name, found, coefficients.push, rule.dtype)
+    pushed = found[name] if isinstance(found, dict) else _pushed(name, found, coefficients.push, rule.dtype)
     share = lambda row, column: turn[:, :, row, column].reshape(*turn.shape[:2], *(1,) * (old[0].ndim - 2))
     new = [sum(share(p, q) * old[q] for q in range(len(old)) if (p, q) in TURNS[rule.momentum]) - pushed[p] for p in range(len(old))]
     if rule.decay_to == 'zero': new[0] -= (1 - share(0, 0)) * start.fast[name]
@@ -230,6 +235,8 @@ def find_factors(rule: Rule, start: Weights, memory: dict, tokens: Tokens, *, co
   value = tokens.value.astype(tokens.weight.dtype)
   nothing = Factors(_linear_inputs(rule, tokens), {name: jnp.zeros_like(value) for name in memory}, *[tokens.weight] * 3)
   before = read_before(coefficients)
+  if rule.pairs > 1:
+    before = before._replace(reach=jnp.repeat(before.reach, rule.pairs, -1), weigh=jnp.repeat(before.weigh, rule.pairs, -2))
   past = read_tokens(rule, start, memory, tokens.key, found=nothing, coefficients=before)
   return online_factors(rule, start, tokens, past, weigh=before.weigh)
 

@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 
 ACTIVATIONS = {'silu': jax.nn.silu, 'gelu': lambda x: jax.nn.gelu(x, approximate=False), 'relu': jax.nn.relu, 'tanh': jnp.tanh}
-KINDS = ('linear', 'mlp', 'swiglu', 'gated', 'factorised', 'low_rank')
+KINDS = ('linear', 'mlp', 'swiglu', 'gated', 'factorised', 'low_rank', 'attention')
 EPSILON = 1e-5                       # of the layer norm
+SHARP = 8.0                          # of attention over normed queries and keys, as in titans-pytorch
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -42,8 +43,9 @@ class Network:
   """A memory network of key_width inputs and value_width outputs.
 
   kind: linear x W; mlp of `depth` layers; swiglu (silu(x W1) (.) x W3) W2; gated: residual layers mixed by a learned gate;
-  factorised: each layer x U V; low_rank: slow W + fast U V. With `residual` M(x) = x + (1 + gain) (.) layer norm(net(x)), where
-  the gain is fast, or slow. `bias`: fast biases on the layers of linear and mlp.
+  factorised: each layer x U V; low_rank: slow W + fast U V; attention: causal, over the tokens given, plus a feed-forward.
+  With `residual` M(x) = x + (1 + gain) (.) layer norm(net(x)), where the gain is fast, or slow. `bias`: fast biases on the layers of
+  linear and mlp.
   """
   key_width: int
   value_width: int
@@ -69,7 +71,8 @@ class Network:
     """Shapes of the fast tensors of one head, by name."""
     K, V, F, R = self.key_width, self.value_width, self.hidden or 4 * self.key_width, self.rank
     shapes = {}
-    if self.kind == 'swiglu': shapes = {'gate': (K, F), 'up': (K, F), 'down': (F, V)}
+    if self.kind == 'attention': shapes = {'query': (K, K), 'key': (K, K), 'value': (K, V), 'up': (K, F), 'down': (F, V)}
+    elif self.kind == 'swiglu': shapes = {'gate': (K, F), 'up': (K, F), 'down': (F, V)}
     elif self.kind == 'gated':
       for n in range(self.depth): shapes |= {f'up_{n}': (K, F), f'down_{n}': (F, K), f'new_{n}': (K, K), f'old_{n}': (K, K)}
       shapes['out'] = (K, V)
@@ -90,10 +93,15 @@ class Network:
     """Whether the memory is one matrix (with or without bias), which mode 'exact' needs."""
     return self.kind == 'linear' and not self.residual
 
+  @property
+  def mixes(self) -> bool:
+    """Whether tokens see the tokens before them, so that gradients are not rank-1."""
+    return self.kind == 'attention'
+
   def __call__(self, ops, x):
     """M(x), [B, H, C, value_width]."""
     y = {'linear': _feed_forward, 'mlp': _feed_forward, 'swiglu': _swiglu, 'gated': _gated, 'factorised': _feed_forward,
-         'low_rank': _feed_forward}[self.kind](self, ops, x).astype(x.dtype)
+         'low_rank': _feed_forward, 'attention': _attention}[self.kind](self, ops, x).astype(x.dtype)
     if not self.residual: return y
     y -= y.mean(-1, keepdims=True)
     y *= jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + EPSILON)
@@ -116,6 +124,16 @@ def _feed_forward(net, ops, x):
 
 def _swiglu(net, ops, x):
   return ops.linear('down', jax.nn.silu(ops.linear('gate', x)) * ops.linear('up', x))
+
+
+def _attention(net, ops, x):
+  unit = lambda a: a * jax.lax.rsqrt(jnp.sum(a * a, -1, keepdims=True) + 1e-6)
+  query, key = unit(ops.linear('query', x)), unit(ops.linear('key', x))
+  C = x.shape[2]
+  score = dot('bhtk,bhsk->bhts', query, key, ops.dtype) * SHARP
+  score = jnp.where(jnp.tril(jnp.ones((1, 1, C, C), bool)), score, -jnp.inf)
+  mixed = dot('bhts,bhsv->bhtv', jax.nn.softmax(score), ops.linear('value', x), ops.dtype)
+  return mixed + ops.linear('down', ACTIVATIONS[net.activation](ops.linear('up', x)))
 
 
 def _gated(net, ops, x):

@@ -13,20 +13,23 @@ def reference(rule: Rule, start: Weights, memory: dict, tokens: tuple, *, gates:
 
   tokens = (query, key, value) [B, H, L, width], gates [B, H, L], chunks counted from the first token. S_t = eta S - theta g,
   W_t = (1 - alpha) W + S towards W_init or zero, g at the chunk's start ('token', 'block') or at W_{t-1} ('exact'). `window` > 1
-  (omega rule): g is the sum of the gradients of that many last tokens.
+  (omega rule): g is the sum of the gradients of that many last tokens. Keys and values are [B, H, L * pairs, width].
   """
   full = {name: leaf.at[:, :, 0].add(start.fast[name]) for name, leaf in memory.items()}
-  query, key, value = (jnp.moveaxis(a[:, :, :, None], 2, 0) for a in tokens)
-  length, before = query.shape[0], lambda a: jnp.zeros_like(a[:window])
-  past = tuple(map(before, (key, value, jnp.moveaxis(gates.write, 2, 0))))
+  length, pairs = tokens[0].shape[2], rule.pairs
+  query, key, value = (jnp.moveaxis(a.reshape(*a.shape[:2], length, -1, a.shape[-1]), 2, 0) for a in tokens)
+  first = lambda a: jnp.moveaxis(a, 2, 0)
+  past = jax.tree.map(lambda a: jnp.zeros_like(a[:1], shape=(window, *a.shape[1:])),
+                      (key, value, first(gates.write), jax.tree.map(first, gates.rate)))
   def token(carry, now):
     full, held, past = carry
     t, query, key, value, gate = now
     held = jax.tree.map(lambda new, old: jnp.where(t % chunk == 0, new, old), full, held) if rule.mode != 'exact' else full
-    past = tuple(jnp.concatenate([old[1:], new[None]]) for old, new in zip(past, (key, value, gate.write), strict=True))
+    past = jax.tree.map(lambda old, new: jnp.concatenate([old[1:], new[None]]), past, (key, value, gate.write, gate.rate))
     fixed = {name: leaf[:, :, 0] for name, leaf in held.items()}
     if rule.grad_at == 'decayed': fixed = _decayed(rule, start, fixed, gate.alpha)
-    each = [_gradient(rule, start, fixed, tuple(a[n] for a in past)) for n in range(window)]
+    each = [_gradient(rule, start, fixed, jax.tree.map(lambda a, n=n: a[n], past), pair=pair)
+            for n in range(window) for pair in range(pairs)]
     g = jax.tree.map(lambda *one: sum(one), *each)
     new = {name: _update(rule, start.fast[name], leaf, g[name], gates=gate) for name, leaf in full.items()}
     if rule.momentum == 'muon' or rule.weight_norm:
@@ -49,9 +52,10 @@ def _decayed(rule, start, weights, alpha):
   return {name: home(name) + _lift(1 - alpha, leaf) * (leaf - home(name)) for name, leaf in weights.items()}
 
 
-def _gradient(rule, start, weights, pair):
-  """The gradient of the inner loss of one token in every row and head, clipped; zero where it does not write."""
-  key, value, write = pair
+def _gradient(rule, start, weights, token, *, pair):
+  """The gradient of the inner loss of one pair of a token in every row and head, clipped; zero where it does not write."""
+  key, value, write, rate = token
+  key, value = key[:, :, pair:pair + 1], value[:, :, pair:pair + 1]
   if rule.first_order: weights = jax.lax.stop_gradient(weights)
   def loss(fast):
     y = rule.network(Plain(fast, start.slow, rule.dtype), key)
@@ -61,6 +65,7 @@ def _gradient(rule, start, weights, pair):
     norm = jnp.sqrt(jnp.maximum(sum(jnp.sum(leaf * leaf, tuple(range(2, leaf.ndim))) for leaf in g.values()), 1e-24))
     share = 1 / (1 + norm / rule.clip) if rule.clip_kind == 'soft' else jnp.minimum(1.0, rule.clip / norm)
     g = {name: leaf * _lift(share, leaf) for name, leaf in g.items()}
+  if rate is not None: g = {name: leaf * _lift(rate[name], leaf) for name, leaf in g.items()}
   return {name: jnp.where(_lift(write, leaf), leaf, 0) for name, leaf in g.items()}
 
 

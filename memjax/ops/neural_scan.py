@@ -5,8 +5,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from memjax.ops.neural import Rule, Tokens, Weights, commit, factors, find_factors, finish, read_anchor, read_tokens
-from memjax.ops.neural_steps import Coefficients, Gates, coefficients, read_before
+from memjax.ops.neural import Factors, Rule, Tokens, Weights, commit, factors, find_factors, finish, read_anchor, read_tokens
+from memjax.ops.neural_steps import Coefficients, Gates, coefficients, read_before, weights
+from memjax.ops.neural_whole import Whole, is_whole, read_whole, whole_coefficients, write_whole
 
 UNROLL = 4                           # on an accelerator: fewer copies of what a loop carries (1.2 to 1.4 times faster on an H200)
 
@@ -22,10 +23,17 @@ class Chunk(NamedTuple):
 
 
 class Told(NamedTuple):
-  """Of each token [..., B, H, C]: inner loss before its write, norm of its gradient, share of it that the clip left."""
+  """Of each token [..., B, H, C]: inner loss before its write, norm of its gradient, share of it that the clip left; means over its
+  pairs."""
   loss: jax.Array
   norm: jax.Array
   kept: jax.Array
+
+
+def tell(rule: Rule, found: Factors, size: int) -> Told:
+  """What is told of the last `size` tokens of some factors."""
+  own = lambda a: a if a.shape[-1] == size else a[..., -size * rule.pairs:].reshape(*a.shape[:-1], size, rule.pairs).mean(-1)
+  return Told(*map(own, (found.loss, found.norm, found.kept)))
 
 
 @jax.custom_vjp
@@ -61,19 +69,27 @@ def token_chunk(rule: Rule, start: Weights, memory: dict, chunk: Chunk) -> tuple
   seen = read_before(chunk.coefficients) if rule.read == 'before' else chunk.coefficients
   y = read_tokens(rule, start, memory, chunk.query, found=found, coefficients=seen)
   new = commit(rule, start, memory, found=found, coefficients=chunk.coefficients)
-  return where_rows(chunk.full, new, memory), (y.astype(chunk.query.dtype), Told(found.loss, found.norm, found.kept))
+  return where_rows(chunk.full, new, memory), (y.astype(chunk.query.dtype), tell(rule, found, y.shape[2]))
 
 
 def block_chunk(rule: Rule, start: Weights, memory: tuple[dict, dict], chunk: Chunk) -> tuple[tuple, tuple]:
   """((anchor, memory), (y, told)) of a chunk whose tokens read and learn at the anchor, which moves when the chunk is complete."""
   fixed, memory = _emptied(chunk, memory)
   y = read_anchor(rule, start, {name: (leaf,) for name, leaf in fixed.items()}, chunk.query)
-  weights = {name: start.fast[name] + leaf for name, leaf in fixed.items()}
-  found = factors(rule, weights, start.slow, chunk.tokens)
+  held = {name: start.fast[name] + leaf for name, leaf in fixed.items()}
+  found = factors(rule, held, start.slow, chunk.tokens)
   new = commit(rule, start, memory, found=found, coefficients=chunk.coefficients)
   new = where_rows(chunk.full, finish(rule, start, new), new) if rule.momentum == 'muon' or rule.weight_norm else new
   fixed = where_rows(chunk.full, {name: levels[0] for name, levels in new.items()}, fixed)
-  return (fixed, new), (y.astype(chunk.query.dtype), Told(found.loss, found.norm, found.kept))
+  return (fixed, new), (y.astype(chunk.query.dtype), tell(rule, found, y.shape[2]))
+
+
+def whole_chunk(rule: Rule, start: Weights, memory: Whole, chunk: Chunk) -> tuple[Whole, tuple]:
+  """(what the chunk leaves, (y, told)) where writes wait for the end of their chunk."""
+  memory = _emptied(chunk, memory)
+  new, found = write_whole(rule, start, memory, chunk.tokens, made=chunk.coefficients)
+  y = read_whole(rule, start, memory, chunk.query, new=new)
+  return where_rows(chunk.full, new, memory), (y.astype(chunk.query.dtype), tell(rule, found, y.shape[2]))
 
 
 def group_size(count: int, group: int = 0) -> int:
@@ -91,7 +107,8 @@ def scan_chunks(rule: Rule, start: Weights, memory: Any, chunks: Chunk, *, group
   keep everything; `unroll`, chunks a step of the compiled loop, 0 = automatic. Chunks added to fill the last group are not complete
   and change nothing.
   """
-  body = lambda memory, chunk: (block_chunk if rule.mode == 'block' else token_chunk)(rule, start, memory, chunk)
+  step = whole_chunk if is_whole(rule) else block_chunk if rule.mode == 'block' else token_chunk
+  body = lambda memory, chunk: step(rule, start, memory, chunk)
   count, unroll = chunks.full.shape[0], unroll or (1 if jax.default_backend() == 'cpu' else UNROLL)
   if group < 0: return jax.lax.scan(body, memory, chunks, unroll=unroll)
   size = group_size(count, group)
@@ -115,29 +132,36 @@ def mix(rule: Rule, start: Weights, memory: dict, tokens: tuple, *, gates: Gates
   The last chunk may be shorter; its writes count in the memory returned. Arguments as in `reference` and `scan_chunks`.
   """
   length = tokens[0].shape[2]
-  count = -(-length // chunk)
-  def cut(a):
-    a = jnp.pad(a, [(0, 0)] * 2 + [(0, count * chunk - length)] + [(0, 0)] * (a.ndim - 3))
-    return jnp.moveaxis(a.reshape(*a.shape[:2], count, chunk, *a.shape[3:]), 2, 0)
+  count, pairs = -(-length // chunk), rule.pairs
+  def cut(a, rows=1):
+    a = jnp.pad(a, [(0, 0)] * 2 + [(0, count * chunk * rows - a.shape[2])] + [(0, 0)] * (a.ndim - 3))
+    return jnp.moveaxis(a.reshape(*a.shape[:2], count, chunk * rows, *a.shape[3:]), 2, 0)
   gates = jax.tree.map(cut, gates)
-  found, weight = coefficients(rule.momentum, gates, inside=rule.mode != 'block', window=window)
-  query, key, value = map(cut, tokens)
-  key, value, weight = (with_halo(a, window) for a in (key, value, weight))
+  whole = is_whole(rule)
+  found = whole_coefficients(rule, gates) if whole else coefficients(
+      rule.momentum, gates, inside=rule.mode != 'block', window=window, pairs=pairs)
+  query, key, value = cut(tokens[0]), cut(tokens[1], pairs), cut(tokens[2], pairs)
+  writes = Tokens(key, value, *jax.tree.map(lambda a: jnp.repeat(a, pairs, -1), (weights(gates, window), 1 - gates.alpha, gates.rate)))
+  writes = jax.tree.map(lambda a: with_halo(a, (window - 1) * pairs), writes)
   B = query.shape[1]
-  chunks = Chunk(query, Tokens(key, value, weight, 1 - gates.alpha), found, jnp.ones((count, B), bool), jnp.zeros((count, B), bool))
+  chunks = Chunk(query, writes, found, jnp.ones((count, B), bool), jnp.zeros((count, B), bool))
   memory = {name: tuple(a[:, :, q] for q in range(a.shape[2])) for name, a in memory.items()}
-  if rule.mode == 'block': memory = ({name: leaf[0] for name, leaf in memory.items()}, memory)
+  if whole:
+    fixed = {name: jnp.zeros_like(levels[0]) for name, levels in memory.items()} if rule.refresh else None
+    memory = Whole(memory, fixed, jnp.zeros((B,), weights(gates).dtype) if rule.refresh else None)
+  elif rule.mode == 'block': memory = ({name: leaf[0] for name, leaf in memory.items()}, memory)
   memory, (y, _) = scan_chunks(rule, start, memory, chunks, group=group, unroll=unroll)
-  if rule.mode == 'block': memory = memory[1]
+  if whole: memory = memory.fast
+  elif rule.mode == 'block': memory = memory[1]
   memory = {name: jnp.stack(levels, 2) for name, levels in memory.items()}
   y = jnp.moveaxis(y, 0, 2)
   return memory, y.reshape(*y.shape[:2], count * chunk, -1)[:, :, :length]
 
 
-def with_halo(a: jax.Array, window: int) -> jax.Array:
-  """Chunks [N, B, H, C, ...] led by the last window - 1 entries of the chunks before them (zeros before the first)."""
-  if window == 1: return a
-  N, C, size = a.shape[0], a.shape[3], window - 1
+def with_halo(a: jax.Array, size: int) -> jax.Array:
+  """Chunks [N, B, H, C, ...] led by the last `size` entries of the chunks before them (zeros before the first)."""
+  if not size: return a
+  N, C = a.shape[0], a.shape[3]
   back = -(-size // C)
   earlier = [jnp.pad(a, [(n, 0)] + [(0, 0)] * (a.ndim - 1))[:N] for n in range(back, 0, -1)]
   return jnp.concatenate([jnp.concatenate(earlier, 3)[:, :, :, back * C - size:], a], 3)

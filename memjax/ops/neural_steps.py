@@ -30,13 +30,14 @@ class Steps(NamedTuple):
 
 class Gates(NamedTuple):
   """Of each token: step size, momentum and forgetting in [0, 1], whether it writes; for order 2 also the second momentum and the
-  mixture (c0, c1, c2). Arrays of any equal shape, tokens last."""
+  mixture (c0, c1, c2); rate: factors on its gradient by fast tensor. Arrays of any equal shape, tokens last."""
   theta: jax.Array
   eta: jax.Array
   alpha: jax.Array
   write: jax.Array
   eta2: jax.Array | None = None
   mix: tuple | None = None
+  rate: dict | None = None
 
 
 class Coefficients(NamedTuple):
@@ -147,12 +148,22 @@ def windowed(given: Coefficients, theta: jax.Array, window: int) -> Coefficients
   return given._replace(weigh=spread(given.weigh), push=spread(given.push))
 
 
-def coefficients(momentum: str, gates: Gates, *, inside: bool = True, window: int = 1) -> tuple[Coefficients, jax.Array]:
-  """(coefficients of the chunks on the last axis, weight of each token's gradient): the weight is theta, or 1 for the omega rule."""
+def coefficients(momentum: str, gates: Gates, *, inside: bool = True, window: int = 1, pairs: int = 1) -> Coefficients:
+  """Coefficients of the chunks on the last axis, with a column for each of `pairs` gradients of a token."""
   found = unroll(steps(momentum, gates), inside=inside)
-  theta = jnp.where(gates.write, gates.theta, 0)
-  if window == 1: return found, theta
-  return windowed(found, theta, window), jnp.where(gates.write, jnp.ones_like(theta), 0)
+  return for_pairs(found if window == 1 else windowed(found, jnp.where(gates.write, gates.theta, 0), window), pairs)
+
+
+def weights(gates: Gates, window: int = 1) -> jax.Array:
+  """What the gradient of each token is multiplied by: theta, or 1 where steps follow windows of tokens; 0 where it does not write."""
+  return jnp.where(gates.write, gates.theta if window == 1 else jnp.ones_like(gates.theta), 0)
+
+
+def for_pairs(given: Coefficients, pairs: int) -> Coefficients:
+  """The same with every column `pairs` times, for tokens of as many gradients."""
+  if pairs == 1: return given
+  more = lambda a: a if a is None else jnp.repeat(a, pairs, -1)
+  return given._replace(weigh=more(given.weigh), push=more(given.push))
 
 
 def read_before(given: Coefficients) -> Coefficients:

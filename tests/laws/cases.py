@@ -31,6 +31,7 @@ from memjax.config.neural import (
   NeuralNetConfig,
   NeuralProjConfig,
   NeuralRuleConfig,
+  NeuralWriteConfig,
 )
 from memjax.config.titans import TitansConfig
 from tests.laws.wired import Wiring
@@ -128,6 +129,11 @@ MORE = {
     'neural-clip': neural(rule=NeuralRuleConfig(clip=0.05, momentum='second', loss='huber'), proj=NeuralProjConfig(lookahead=True)),
     'neural-swiglu': neural(net=NeuralNetConfig(kind='swiglu', gain='fast'), proj=NeuralProjConfig(qk_norm='rms', out_gate='sigmoid'),
                             rule=NeuralRuleConfig(momentum='none', forget=False), exec=NeuralExecConfig(spare=2, group=2)),
+    'neural-omega': neural(write=NeuralWriteConfig(window=3, pairs=2, per_tensor=True)),
+    'neural-window': neural(net=ONE_MATRIX, chunk=3, write=NeuralWriteConfig(window=3), proj=NeuralProjConfig(lookahead=True)),
+    'neural-pairs': neural(net=ONE_MATRIX, rule=NeuralRuleConfig(mode='exact'), write=NeuralWriteConfig(pairs=2)),
+    'neural-rates': neural(net=NeuralNetConfig(expansion=1), rule=NeuralRuleConfig(mode='block'),
+                           write=NeuralWriteConfig(pairs=2, per_tensor=True)),
     'neural-gated': neural(net=NeuralNetConfig(kind='gated', depth=1, expansion=1), proj=NeuralProjConfig(conv_width=0, activation=''),
                            gates=NeuralGatesConfig(theta_raw=True, theta_base=.1), rule=NeuralRuleConfig(first_order=True)),
     'neural-decayed': neural(net=NeuralNetConfig(kind='linear', bias=True), exec=NeuralExecConfig(solver='lax'),

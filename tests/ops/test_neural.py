@@ -34,6 +34,11 @@ CASES = {
     'omega': (rule(), {'chunk': 4, 'window': 3}),
     'omega-chunk': (rule(), {'chunk': 4, 'window': 4}),
     'omega-longer': (rule(), {'chunk': 2, 'window': 4}),
+    'rates': (rule(clip=.5), {'chunk': 4, 'rates': True}),
+    'pairs': (rule('nesterov', pairs=2), {'chunk': 4}),
+    'pairs-block': (rule(mode='block', pairs=3), {'chunk': 4}),
+    'pairs-exact': (rule(mode='exact', pairs=2, grad_at='decayed', bias=True, **LINEAR), {'chunk': 4}),
+    'omega-pairs': (rule(pairs=2, clip=.5, kind='swiglu', decay_to='zero'), {'chunk': 4, 'window': 3, 'rates': True}),
     'huber': (rule(loss='huber', argument=.5), {'chunk': 4}),
     'lp': (rule(loss='lp', argument=1.5, scale=1.0), {'chunk': 4}),
     'kl': (rule(loss='kl'), {'chunk': 4}),
@@ -51,9 +56,9 @@ QUICK = ('mlp',)
 
 @pytest.mark.parametrize('name', [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES])
 def test_chunks_equal_the_loop(name):
-  given, options = CASES[name]
+  given, options = CASES[name][0], dict(CASES[name][1])
   with jax.enable_x64():
-    arguments = problem(given)
+    arguments = problem(given, rates=options.pop('rates', False))
     (out, grads), (want, want_grads) = run(mix, given, arguments, **options), run(reference, given, arguments, **options)
   assert furthest(out, want) <= 1e-12
   assert furthest(grads, want_grads) <= 1e-10
