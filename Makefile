@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 comma := ,
-PLACES := memjax tests configs benchmarks launch
+PLACES := memjax tests configs benchmarks launch notebooks
 
 .PHONY: help train test test-slow lint clean
 
