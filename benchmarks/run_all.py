@@ -20,6 +20,7 @@ ROOT = HERE.parent
 CORPUS = ROOT / 'memjax' / 'data' / 'corpora'
 TEXT = pathlib.Path('runs') / 'benchmarks'                # from the root: commands in the page name no folder of a machine
 SPLITS = {'train': 'train', 'valid': 'val', 'test': 'test'}
+TOOLS = ('join', 'report', 'run_all')
 TEXTS = ('banks', 'language')                             # these take a training, a validation and a test text
 NEEDS = {'adapters': '--host MODEL --target FOLDER --other FOLDER', 'decode_host': '--model MODEL'}
 SIZES = {'resume': ('--kills 2 --steps 20', '')}          # (small, full), where these are not '--small' and ''
@@ -30,7 +31,7 @@ def benchmarks() -> dict[str, str]:
   found = {}
   for path in sorted(HERE.glob('[a-z]*.py')):
     text = path.read_text(encoding='utf-8')
-    if path.stem not in ('report', 'run_all') and "if __name__ == '__main__'" in text:
+    if path.stem not in TOOLS and "if __name__ == '__main__'" in text:
       found[path.stem] = re.match(r'"""(.*?)(?:(?<! al)\.\s|\n\n|:\s|"""|$)', text, re.S)[1].replace('\n', ' ')
   return found
 

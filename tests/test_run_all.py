@@ -29,7 +29,7 @@ def ran(monkeypatch, tmp_path):
 def test_every_benchmark_is_run(ran, capsys):
   """At the small size on a CPU, all but what wants a host; and the page last."""
   known = run_all.benchmarks()
-  assert {'holographic', 'recall', 'context', 'resume', 'neural_memory'} <= known.keys() and not {'report', 'common'} & known.keys()
+  assert {'holographic', 'recall', 'context', 'resume', 'neural_memory'} <= known.keys() and not {'report', 'common', 'join'} & known.keys()
   assert all(about and '\n' not in about for about in known.values())
   status, done = ran()
   assert status == 0 and list(done) == [name for name in known if name not in run_all.NEEDS] + ['report']
