@@ -190,8 +190,9 @@ def report_model(name: str, config: ModelConfig, run: Run) -> dict[str, Any]:
   for way in run.ways:
     for length in a.lengths if way == 'on' else a.lengths[::2]:
       started = time.perf_counter()
-      found = run.test(params, way, length, range(a.batches if way == 'on' else 1))[of_rate[rate]]
+      found = run.test(params, way, length, range(a.batches))[of_rate[rate]]
       tests.append({'test_time': way, 'length': length, 'seconds': time.perf_counter() - started, 'accuracy': float(found.mean()),
+                    'questions': a.batches * a.eval_batch // len(KINDS),
                     **{kind: float(found[:, n].mean()) for n, kind in enumerate(KINDS)}, 'seeds': found})
       print(f'{name} {way} {length}: ' + ', '.join(f'{kind} {tests[-1][kind]:.3f}' for kind in KINDS), flush=True)
   return {'model': name, 'parameters': language_models.parameters(config), 'hidden': config.hidden, 'rate': rate, 'members': run.members,

@@ -51,8 +51,9 @@ def goals(targets: Sequence[dict[str, Any]]) -> list[str]:
 
 def origin(result: dict[str, Any]) -> list[str]:
   """The exact command, then machine, commit, date, versions, seeds of a result."""
-  machine, arguments = result.get('machine', {}), result.get('arguments', [])
-  module = result['benchmark'].partition('-')[0]
+  processes = result.get('processes') or [result.get('arguments', [])]           # those of one run on one machine
+  machine, arguments = result.get('machine', {}), processes[0]
+  module = result.get('module') or result['benchmark'].partition('-')[0]
   where = machine.get('device', 'machine not recorded')
   if machine.get('platform') == 'cpu': where = f'CPU, {machine["processor"]}'
   stated = arguments[arguments.index('--commit') + 1] if '--commit' in arguments else ''
@@ -63,7 +64,7 @@ def origin(result: dict[str, Any]) -> list[str]:
   dtype = result.get('dtype') or result.get('options', {}).get('dtype', '')
   facts = [where, f'{machine["cores"]} cores' if 'cores' in machine else '', f'commit `{commit}`{note}', machine.get('date', ''),
            f'jax {machine["jax"]}' if 'jax' in machine else '', dtype, f'seeds {", ".join(map(str, seeds))}' if seeds else '']
-  return ['', '```', shlex.join(['python', '-m', f'benchmarks.{module}', *arguments]), '```', '',
+  return ['', '```', *(shlex.join(['python', '-m', f'benchmarks.{module}', *words]) for words in processes), '```', '',
           ', '.join(f for f in facts if f) + '.', '']
 
 
@@ -189,7 +190,22 @@ def context(result: dict[str, Any]) -> list[str]:
   return report_context.context(result, table, cell)
 
 
-CAPTIONS = {**report_text.CAPTIONS, **report_banks.CAPTIONS, **report_hosts.CAPTIONS, **report_context.CAPTIONS}
+def needle(result: dict[str, Any]) -> list[str]:
+  """Needles by length."""
+  return report_neural.needle(result, table)
+
+
+def titans(result: dict[str, Any]) -> list[str]:
+  """Text with memories learning, frozen and off."""
+  return report_neural.titans(result, table, cell)
+
+
+def longstream(result: dict[str, Any]) -> list[str]:
+  """Streams of a million tokens."""
+  return report_neural.longstream(result, table) + goals(result['targets'])
+
+
+CAPTIONS = {**report_text.CAPTIONS, **report_neural.CAPTIONS, **report_banks.CAPTIONS, **report_hosts.CAPTIONS, **report_context.CAPTIONS}
 ABOUT = {**report_text.ABOUT, **report_banks.ABOUT, **report_hosts.ABOUT, **report_neural.ABOUT, **report_context.ABOUT}
 READINGS = {**report_text.READINGS, **report_banks.READINGS, **report_hosts.READINGS, **report_neural.READINGS}
 SECTIONS = (                                # title, benchmark, key that must hold something, body, figure
@@ -199,6 +215,8 @@ SECTIONS = (                                # title, benchmark, key that must ho
   ('Memory banks', 'banks', 'rows', banks, 'banks'), ('Routed attention', 'routed', 'example_shape', routed, ''),
   ('Adapters', 'adapters', 'runs', adapters, 'adapters'),
   ('Pretrained decoding', 'decode_host', 'rows', decode_host, ''), ('Neural memory', 'neural_memory', 'rows', neural, ''),
+  ('Needles', 'needle', 'rows', needle, 'needle'), ('Learning at test time', 'titans', 'rows', titans, 'titans'),
+  ('Long stream', 'longstream', 'rows', longstream, ''),
   ('Long context', 'context', 'width', context, 'context'), ('Resume', 'resume', 'kills', resume, ''))
 
 

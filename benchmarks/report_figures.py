@@ -2,11 +2,11 @@
 import pathlib
 from typing import Any
 
-from benchmarks import report_context, report_hosts
+from benchmarks import report_context, report_hosts, report_neural
 
 STYLE = {                                   # Okabe and Ito: told apart by colour-blind readers, and by marker
   'black': ('#000000', 's'), 'blue': ('#0072B2', 'o'), 'orange': ('#D55E00', '^'), 'green': ('#009E73', 'D'), 'pink': ('#CC79A7', 'v'),
-  'sky': ('#56B4E9', 'P'), 'yellow': ('#E69F00', 'X'),
+  'sky': ('#56B4E9', 'P'), 'yellow': ('#E69F00', 'X'), 'grey': ('#777777', '*'),
 }
 RC = {'font.size': 11, 'axes.spines.top': False, 'axes.spines.right': False, 'axes.grid': True, 'grid.color': '#e4e4e4',
       'axes.axisbelow': True, 'axes.titlesize': 12, 'legend.frameon': False, 'lines.linewidth': 2, 'lines.markersize': 6.5}
@@ -141,8 +141,18 @@ def context(results, figure) -> bool:
   return report_context.draw(results, figure, STYLE)
 
 
+def needle(results, figure) -> bool:
+  """Needles found by length."""
+  return report_neural.draw_needle(results, figure, STYLE)
+
+
+def titans(results, figure) -> bool:
+  """How models of text with memories that learn train."""
+  return report_neural.draw_titans(results, figure, STYLE)
+
+
 DRAWINGS = {'mixing': (mixing, (8, 4.2)), 'recall': (recall, (8, 4.6)), 'language': (language, (8, 3.9)), 'banks': (banks, (9, 7)),
-            'adapters': (adapters, (8, 4)), 'context': (context, (10, 4.2))}
+            'adapters': (adapters, (8, 4)), 'context': (context, (10, 4.2)), 'needle': (needle, (10, 4.4)), 'titans': (titans, (9, 4.4))}
 
 
 def draw_all(results: dict[str, dict[str, Any]], folder: pathlib.Path) -> list[str]:

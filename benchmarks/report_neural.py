@@ -1,10 +1,22 @@
-"""The section of docs/numbers.md on neural memory: one layer beside another implementation."""
+"""The sections of docs/numbers.md on memories that learn at test time: one layer, needles, text, a long stream."""
+import itertools
+import math
 from typing import Any
 
 ABOUT = {
   'Neural memory': 'One layer of memory that learns at test time, projections included (`benchmarks/neural_memory.py`). Rows compute '
                    'different functions, and the table says which; the peer is run in float32, as its users run it.',
+  'Needles': 'A needle in a haystack, after the single-needle tasks of RULER, at lengths beyond that of training. An answer counts '
+             'when all its tokens are right. Models have nearly equal numbers of parameters. *frozen*: no step sizes; *off*: what the '
+             'memory reads is zero; both with the parameters as trained.',
+  'Learning at test time': 'Bytes of a text, models with nearly equal numbers of parameters, scored along contiguous lanes with the '
+                           'state carried. *frozen* and *off* as for needles, with the parameters of the same model.',
+  'Long stream': 'Random tokens through memories whose state has a fixed size; then single tokens from the state after 10,000 tokens '
+                 'and from that at the end, in turn, and calls of the parallel form likewise.',
 }
+CAPTIONS = {'needle': 'Answers right against tokens a row, one panel for each kind of needle',
+            'titans': 'Validation loss over steps, mean of the seeds'}
+KINDS = ('passkey', 'number', 'word')
 
 
 def neural(result: dict[str, Any], table, cell) -> list[str]:
@@ -13,6 +25,77 @@ def neural(result: dict[str, Any], table, cell) -> list[str]:
   return [text, *table(result['rows'], {
       'row': 'row', 'mode': 'mode', 'computes': 'computes', 'chunk': 'chunk', 'tokens a row': 'length', 'dtype': 'dtype', 'pass': 'pass',
       'ms': 'ms', 'fastest ms': 'min_ms', 'peak GiB': lambda r: cell(r['peak_gib']), 'compile s': 'compile_s'})]
+
+
+def needle(result: dict[str, Any], table) -> list[str]:
+  """A row each model and length, mean over seeds; then the same without learning."""
+  o, chance = result['options'], result['chance']
+  text = (f'Trained on {o["length"]:,} tokens, {o["steps"]:,} steps of {o["batch"]} rows, width {o["width"]}, {o["layers"]} layers, '
+          f'{o["heads"]} heads, window {o["window"]}, chunk {o["chunk"]}; step sizes of deep memories base {o["base"]:g}, '
+          f'bias {o["bias"]:g}; {"neural memories store the value of a token under the key of the one before; " if o["lookahead"] else ""}'
+          f'chance: {", ".join(f"{kind} {value:g}" for kind, value in chance.items())}.')
+  flat = [{**row, **test, 'worst': min(sum(seed) / len(seed) for seed in test['seeds'])} for row in result['rows'] for test in row['tests']]
+  columns = {'model': 'model', 'parameters': 'parameters', 'rate': lambda r: f'{r["rate"]:g}', 'test time': 'test_time', 'tokens': 'length',
+             'questions': lambda r: r.get('questions'), **{kind: lambda r, kind=kind: float(r[kind]) for kind in KINDS},
+             'mean': lambda r: float(r['accuracy']), 'worst seed': lambda r: float(r['worst'])}
+  return [text, *table(flat, columns)]
+
+
+def titans(result: dict[str, Any], table, cell) -> list[str]:
+  """A row each model: bits per byte of the test text with its memory learning, frozen and off."""
+  o, chance = result['options'], math.log2(result['vocabulary'])
+  text = (f'{result["bytes"]["train"]:,} training bytes, {result["bytes"]["test"]:,} in the test text; width {o["width"]}, {o["layers"]} '
+          f'layers, {o["heads"]} heads, window {o["window"]}, chunk {o["chunk"]}, {o["steps"]:,} steps of {o["batch"]} x {o["length"]}, '
+          f'step sizes of deep memories base {o["base"]:g}, bias {o["bias"]:g}. Guessing evenly takes {cell(chance)} bits.')
+  scale = result['tokens']['test'] / result['bytes']['test'] / math.log(2)
+  def bits(row, how):
+    chosen = [nll for nll, (rate, _) in zip(row['test_nll'].get(how, []), row['members'], strict=False) if rate == row['rate']]
+    return [nll * scale for nll in chosen]
+  mean = lambda row, how: cell(sum(bits(row, how)) / len(bits(row, how)), 4) if bits(row, how) else None
+  return [text, *table(result['rows'], {
+      'model': 'model', 'parameters': 'parameters', 'rate': lambda r: f'{r["rate"]:g}', 'bits per byte': lambda r: mean(r, 'carried'),
+      'of the seeds': lambda r: ', '.join(cell(b, 4) for b in bits(r, 'carried')), 'frozen': lambda r: mean(r, 'frozen'),
+      'off': lambda r: mean(r, 'off'), 'tokens/s': 'tokens_per_second'})]
+
+
+def longstream(result: dict[str, Any], table) -> list[str]:
+  """A row each model."""
+  o = result['options']
+  return [f'{o["tokens"]:,} tokens, width {o["width"]}, {o["layers"]} layer{"s" * (o["layers"] > 1)}, {o["heads"]} heads.', *table(
+      result['rows'], {
+          'model': 'model', 'state bytes': 'state_bytes', 'constant': lambda r: 'yes' if r['constant'] else '**no**',
+          'finite': lambda r: 'yes' if r['finite'] else '**no**', 'seconds': 'seconds',
+          **{f'{form}, us a token {when}': lambda r, form=form, when=when: r[form][f'{when}_us']
+             for form in ('decode', 'parallel') for when in ('early', 'late')}})]
+
+
+def draw_needle(results, figure, styles) -> bool:
+  """Accuracy over length, a panel for each kind, mean over seeds."""
+  found = [r for r in results.values() if r['benchmark'].startswith('needle') and r['machine']['platform'] == 'gpu']
+  if not found: return False
+  for axes, kind in zip(figure.subplots(1, len(KINDS), sharey=True), KINDS, strict=True):
+    for row, (colour, marker) in zip(found[0]['rows'], itertools.cycle(styles.values())):
+      line = [(t['length'], t[kind]) for t in row['tests'] if t['test_time'] == 'on']
+      axes.plot(*zip(*line, strict=True), color=colour, marker=marker, label=row['model'])
+    axes.axhline(found[0]['chance'][kind], color='#777777', linewidth=1, linestyle='--')
+    axes.set(xscale='log', title=kind, xlabel='tokens a row', ylim=(-0.03, 1.03))
+    axes.set_xticks([n for n, _ in line], [f'{n / 1024:g}k' for n, _ in line], fontsize=9)
+    axes.minorticks_off()
+  figure.legend(*axes.get_legend_handles_labels(), loc='outside lower center', ncols=4)
+  return True
+
+
+def draw_titans(results, figure, styles) -> bool:
+  """Validation loss over steps, a panel for each text."""
+  found = {r['benchmark'].partition('-')[2]: r for r in results.values() if r['benchmark'].startswith('titans-')}
+  if not found: return False
+  for axes, (name, result) in zip(figure.subplots(1, len(found), squeeze=False)[0], sorted(found.items()), strict=True):
+    for row, (colour, marker) in zip(result['rows'], itertools.cycle(styles.values())):
+      axes.plot([p['step'] for p in row['curve']], [sum(p['valid']) / len(p['valid']) / math.log(2) for p in row['curve']], color=colour,
+                marker=marker, label=row['model'])
+    axes.set(title=name, xlabel='step', ylabel='validation, bits per byte')
+  figure.legend(*axes.get_legend_handles_labels(), loc='outside lower center', ncols=4)
+  return True
 
 
 def h200(result, _):
