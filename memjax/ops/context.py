@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from memjax.config.context import ContextConfig
+from memjax.ops.top_k import largest
 
 EXACT = jax.lax.Precision.HIGHEST
 SAME = 1e-5            # squared distances below this share of |x|^2 + |y|^2 are rounding: equal slots must tie, not race
@@ -75,7 +76,7 @@ def route(query_LxHxD: jax.Array, bank: Bank, top_k: int) -> jax.Array:
   alive_LxN = jnp.broadcast_to(jnp.any(member_SxN, 0)[None], (query_LxHxD.shape[0], N))
   query_LxD = jax.lax.stop_gradient(query_LxHxD).sum(1).astype(bank.centroids.dtype)
   score_LxN = jnp.where(alive_LxN, jnp.einsum('ld,nd->ln', query_LxD, bank.centroids, precision=EXACT), -jnp.inf)
-  chosen_LxN = jnp.any(jax.nn.one_hot(jax.lax.top_k(score_LxN, top_k)[1], N, dtype=bool), 1)
+  chosen_LxN = jnp.any(jax.nn.one_hot(largest(score_LxN, top_k)[1], N, dtype=bool), 1)
   return valid_LxS & (chosen_LxN.astype(jnp.int32) @ member_SxN.T.astype(jnp.int32) > 0)
 
 
