@@ -2,8 +2,9 @@
 
   python -m memjax.train --config configs/default.py --workdir runs/default [--config.training.steps=500 ...]
 
-The same command continues an interrupted run: only steps and the intervals of logging, evaluation and saving may change.
-SIGTERM saves and ends with status 75 ("saved, not finished").
+The same command continues an interrupted run: only steps, the mesh and the intervals of logging, evaluation and saving may change.
+SIGTERM saves and ends with status 75 ("saved, not finished"). Several processes train together where MEMJAX_COORDINATOR,
+MEMJAX_NUM_PROCESSES and MEMJAX_PROCESS_ID say so, or where jax detects them (Slurm, Open MPI, TPU; see docs/scale.md).
 """
 import contextlib
 import dataclasses
@@ -40,6 +41,7 @@ def build(config, tokenizer, sweep=None) -> Parts:
   from memjax.config.banks import read_only_banks
   from memjax.models.decoder import build_decoder, param_shapes
   from memjax.runtime import sharding
+  from memjax.runtime.distributed import check_rows
   from memjax.runtime.optim import make_optimizer
   from memjax.runtime.state import abstract_state
   if frozen := read_only_banks(config.model):
@@ -47,6 +49,7 @@ def build(config, tokenizer, sweep=None) -> Parts:
                     'or quantise when reading the run (--quantize)')
   mesh = sharding.make_mesh(config.mesh)
   sharding.check_batch(mesh, config.training)
+  check_rows(mesh, config.evaluation.batch, 'evaluation.batch')
   model = build_decoder(sharding.placed(config))
   shapes, axes = param_shapes(model)
   optimizer = make_optimizer(config.optimizer, shapes, config.training.steps, axes=axes, sweep=sweep)
@@ -55,10 +58,10 @@ def build(config, tokenizer, sweep=None) -> Parts:
 
 def batches_from(parts: Parts, tokens, step: int):
   """This process's training batches from a step on."""
-  import jax
-
   from memjax.data.pipeline import train_batches
-  return train_batches(tokens, parts.config, step, process_index=jax.process_index(), process_count=jax.process_count())
+  from memjax.runtime.distributed import data_shard
+  index, count = data_shard(parts.mesh)
+  return train_batches(tokens, parts.config, step, process_index=index, process_count=count)
 
 
 def start(parts: Parts, workdir: str, values: dict, identity: dict):
@@ -109,24 +112,28 @@ def _continue(parts: Parts, source: str, identity: dict):
 
 
 def _read(parts: Parts, workdir: str):
-  """The parameters of the best checkpoint of a run, on the mesh; the tokenizer must be the same."""
+  """The parameters of the best checkpoint of a run, on the mesh."""
   import jax
+  place = lambda x, like: jax.make_array_from_callback(x.shape, like.sharding, lambda piece: x[piece])
+  return jax.tree.map(place, _saved(parts, workdir), parts.abstract.params)
 
+
+def _saved(parts: Parts, workdir: str):
+  """The parameters of the best checkpoint of a run, as numpy arrays; the tokenizer must be the same."""
   from memjax.runtime.checkpoint import restore_for_reading
   from memjax.runtime.seeded import check_keys
   step, params, record = restore_for_reading(workdir, parts.abstract.params)
   check_keys(parts.config, record)
   if record['data']['fingerprint'] != parts.tokenizer.fingerprint: raise UserError(f'the tokenizer of {workdir} is another one')
   logger.info('parameters of checkpoint %d in %s', step, workdir)
-  return jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), params, parts.abstract.params)
+  return params
 
 
 def train(parts: Parts, workdir: str, values: dict) -> int:
   """Exit status of a whole run: training, then `finish`."""
-  import jax
-
   from memjax.models.decoder import inference_model
   from memjax.runtime.checkpoint import Checkpoints
+  from memjax.runtime.distributed import alone, is_leader, leader_first
   from memjax.runtime.evaluation import make_scorer
   from memjax.runtime.loop import DIVERGED, DONE, Trainer
   from memjax.runtime.metrics import MetricsLog
@@ -135,35 +142,43 @@ def train(parts: Parts, workdir: str, values: dict) -> int:
   from memjax.runtime.state import make_train_step
   from memjax.runtime.workdir import open_labels, read_split
   config, labels = parts.config, open_labels(parts.config, parts.tokenizer, workdir)
-  splits = {s: read_split(config, parts.tokenizer, s, labels) for s in ('train', config.evaluation.split, 'test')}
+  with leader_first('tokens'):
+    splits = {s: read_split(config, parts.tokenizer, s, labels) for s in ('train', config.evaluation.split, 'test')}
   state, early = start(parts, workdir, values, splits['train'].identity)
   score = make_scorer(inference_model(parts.model.config), config, parts.mesh)
   watch = lambda params: score(params, splits[config.evaluation.split], config.evaluation.batches)
   step = make_train_step(parts.model, parts.optimizer, config, parts.abstract)
   with contextlib.ExitStack() as stack:
-    log = stack.enter_context(MetricsLog(workdir, config_hash(config), int(state.step), run_tags(config.model)))
+    told = config_hash(config), int(state.step), run_tags(config.model)
+    log = stack.enter_context(MetricsLog(workdir, *told)) if is_leader() else None
     checkpoints = Checkpoints(workdir, config.checkpoint)
     stack.callback(checkpoints.close)
     data = {**splits['train'].identity, 'keys': key_fingerprints(config)}
     trainer = Trainer(config, parts.mesh, step, watch, checkpoints, log, data, early)
     state, status = trainer.run(state, batches_from(parts, splits['train'], int(state.step)))
     if status == DIVERGED: logger.error('lower the learning rate or clip harder; the last good state is checkpoint %d', int(state.step))
-    if status != DONE or jax.process_index() > 0: return status
-    finish(parts, workdir, lambda params: score(params, splits['test']), log, labels=labels)
-    keep_adapter(parts, workdir)
-    print(figures(workdir, splits[config.evaluation.split]) if values['figures'] else os.path.abspath(workdir))
+    if status != DONE: return status
+    params = _read(parts, workdir)
+    scores = score(params, splits['test'])
+    if not is_leader(): return status
+    with alone():
+      finish(parts, workdir, params, scores, log=log, labels=labels)
+      keep_adapter(parts, workdir)
+      print(figures(workdir, splits[config.evaluation.split]) if values['figures'] else os.path.abspath(workdir))
   return status
 
 
-def finish(parts: Parts, workdir: str, score, log, *, labels=None) -> None:
-  """Scores the best checkpoint on the test split and samples a text, or with `labels` the reply to a message."""
+def finish(parts: Parts, workdir: str, params, scores: dict, *, log, labels=None) -> None:
+  """Tells the scores of the best checkpoint on the test split and samples a text, or with `labels` the reply to a message."""
+  import jax
+
   from memjax.models.decoder import inference_model
   from memjax.runtime.sampling import Sampler, Sampling
   from memjax.runtime.text import Writer
-  params, e = _read(parts, workdir), parts.config.evaluation
-  scores = score(params)
+  e = parts.config.evaluation
   log.write(parts.config.training.steps, {f'test/{name}': value for name, value in scores.items()})
   print(f"test: {scores['bits_per_byte']:.4f} bits per byte, loss {scores['loss']:.4f}, perplexity {scores['perplexity']:.3f}")
+  if jax.process_count() > 1: params = _saved(parts, workdir)
   if e.sample and e.prompt:
     rows = []
     sampler = Sampler(inference_model(parts.config.model), Sampling(temperature=0.8, seed=parts.config.seed))
@@ -181,7 +196,7 @@ def keep_adapter(parts: Parts, workdir: str) -> None:
   if not (config.training.host and memories and set(parts.optimizer.groups) <= {*memories, *parts.optimizer.frozen}): return
   if config.model.block.lora.rank: return
   folder = os.path.join(workdir, 'adapter')
-  save_adapter(folder, config.model, _read(parts, workdir))
+  save_adapter(folder, config.model, _saved(parts, workdir))
   logger.info('the memories without their host are in %s', folder)
 
 
@@ -209,28 +224,38 @@ def find_rate(config, tokenizer, workdir: str) -> None:
 
 def main(config, values) -> int:
   """Exit status: 0 done, 1 diverged, 75 stopped by SIGTERM after saving. UserError for bad input."""
+  from memjax.runtime import distributed
+  if not values['workdir'] and not values['dry_run']: raise UserError('--workdir is required: folder of the run')
+  distributed.maybe_initialize()
+  with distributed.ends_together(): return begin(config, values)
+
+
+def begin(config, values) -> int:
+  """Exit status of a run by one of its processes."""
   import json
 
   import jax
 
   from memjax.config.codec import to_json
   from memjax.runtime import workdir as folder
+  from memjax.runtime.distributed import is_leader, leader_first
   workdir, dry, find = values['workdir'], values['dry_run'], values['find_lr']
-  if not workdir and not dry: raise UserError('--workdir is required: folder of the run')
-  if workdir: folder.check_workdir(workdir, {flag: values[flag] for flag in ('resume_from', 'init_from')})
+  if find and jax.process_count() > 1: raise UserError('--find_lr is for a single process')
+  if workdir and is_leader(): folder.check_workdir(workdir, {flag: values[flag] for flag in ('resume_from', 'init_from')})
   if config.model.dtype == 'float64': jax.config.update('jax_enable_x64', True)
   source = values['resume_from'] or values['init_from']
-  tokenizer = folder.open_tokenizer(config, workdir, source)
-  config = folder.fill_vocabulary(config, tokenizer)
-  if find: return find_rate(config, tokenizer, workdir)
-  parts = build(config, tokenizer)
+  with leader_first('workdir'):
+    tokenizer = folder.open_tokenizer(config, workdir, source)
+    config = folder.fill_vocabulary(config, tokenizer)
+    if find: return find_rate(config, tokenizer, workdir)
+    parts = build(config, tokenizer)
+    if is_leader() and not dry:
+      folder.claim(workdir, config)
+      folder.save_tokenizer(config, tokenizer, workdir, source)
   if dry:
     from memjax.runtime.flops import cost_table
     print(f'{json.dumps(to_json(config), indent=2)}\n\n{cost_table(parts.model, parts.optimizer, config)}')
     return 0
-  if jax.process_index() == 0:
-    folder.claim(workdir, config)
-    folder.save_tokenizer(config, tokenizer, workdir, source)
   with jax.set_mesh(parts.mesh): return train(parts, workdir, values)
 
 

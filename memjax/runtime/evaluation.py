@@ -11,6 +11,7 @@ from memjax.config.schema import Config
 from memjax.data.pipeline import eval_batches
 from memjax.data.tokens import Tokens
 from memjax.runtime import sharding
+from memjax.runtime.distributed import data_shard
 from memjax.runtime.losses import Totals, scores
 from memjax.runtime.scoring import score
 from memjax.runtime.state import check_carry
@@ -64,9 +65,10 @@ def make_scorer(model: Any, config: Config, mesh: Mesh | None = None) -> Callabl
   """score(params, tokens, limit=0) -> `scores` of a split, cut as `config.evaluation` says; limit = batches, 0 = all."""
   e = config.evaluation
   evaluate = make_evaluator(model, stream=e.stream, mesh=mesh)
+  index, count = data_shard(mesh) if mesh else (0, 1)
   def score(params: Any, tokens: Tokens, limit: int = 0) -> dict[str, float]:
     batches = eval_batches(tokens, batch=e.batch, length=e.length or config.training.length, context=e.context,
-                           stream=e.stream, process_index=jax.process_index(), process_count=jax.process_count())
+                           stream=e.stream, process_index=index, process_count=count)
     totals = evaluate(params, itertools.islice(batches, limit or None))
     return scores(totals, tokens.bytes_per_token)
   return score

@@ -16,6 +16,7 @@ from memjax.config.codec import to_json
 from memjax.config.schema import Config
 from memjax.runtime import sharding
 from memjax.runtime.checkpoint import Checkpoints
+from memjax.runtime.distributed import asked_to_stop, is_leader
 from memjax.runtime.metrics import MetricsLog, Progress
 from memjax.runtime.state import TrainState
 
@@ -49,7 +50,8 @@ class Early:
 
 
 class Stop:
-  """Context in which SIGTERM only sets `asked`; a second one ends the process at once."""
+  """Context in which SIGTERM only sets `asked`; a second one ends the process at once. In a job of several processes the signal is
+  left to jax."""
 
   def __init__(self): self.asked, self.before = False, None
 
@@ -58,7 +60,8 @@ class Stop:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
   def __enter__(self):
-    if threading.current_thread() is threading.main_thread(): self.before = signal.signal(signal.SIGTERM, self._ask)
+    is_ours = threading.current_thread() is threading.main_thread() and not jax.distributed.is_initialized()
+    if is_ours: self.before = signal.signal(signal.SIGTERM, self._ask)
     return self
 
   def __exit__(self, *_):
@@ -73,7 +76,7 @@ class Trainer:
   step: Callable                       # (state, batch) -> (state, metrics)
   evaluate: Callable                   # (params) -> scores
   checkpoints: Checkpoints
-  log: MetricsLog
+  log: MetricsLog | None               # of process 0
   data: dict[str, Any]                 # JSON: what the data are; checkpoints carry it
   early: Early = dataclasses.field(default_factory=Early)
 
@@ -91,18 +94,12 @@ class Trainer:
         sharding.settle(metrics)
         diverged = waiting is not None and self._report(*waiting)
         waiting = done, metrics
-        asked = bool(self._agree(stop.asked))
+        asked = asked_to_stop(done, stop.asked)
         if not (asked or diverged or self._pauses(done)): continue
         diverged, waiting = self._report(*waiting) or diverged, None
         status = self._pause(done, state, asked, diverged)
         if status is not None: return state, status
     return state, DONE
-
-  def _agree(self, asked: bool) -> bool:
-    """What process 0 was asked, told to all: control flow must not differ between processes."""
-    if jax.process_count() == 1: return asked
-    from jax.experimental import multihost_utils
-    return bool(multihost_utils.process_allgather(np.asarray(asked)).any())
 
   def _pauses(self, done: int) -> bool:
     c = self.config
@@ -118,7 +115,7 @@ class Trainer:
     now = time.monotonic()
     speed = (step - self.counted) * training.batch * training.length / max(now - self.clock, 1e-9)
     self.clock, self.counted = now, step
-    if jax.process_index() == 0:
+    if is_leader():
       self.log.write(step, {'loss': row.pop('loss'), 'tokens_per_second': round(speed, 1), **row})
       self.progress.update(step, float(metrics['loss']), speed)
     return skipped >= training.nan_limit
@@ -151,7 +148,7 @@ class Trainer:
 
   def _evaluate(self, done: int, state: TrainState) -> float:
     scores = self.evaluate(state.params)
-    if jax.process_index() == 0: self.log.write(done, {f'eval/{name}': value for name, value in scores.items()})
+    if is_leader(): self.log.write(done, {f'eval/{name}': value for name, value in scores.items()})
     self.progress.note(f"step {done}: {self.config.evaluation.split} loss {scores['loss']:.4f}, "
                        f"{scores['bits_per_byte']:.4f} bits per byte, perplexity {scores['perplexity']:.3f}")
     return scores['loss']

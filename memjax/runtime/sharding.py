@@ -14,6 +14,7 @@ from memjax.config.errors import UserError
 from memjax.config.mesh import AXES, MeshConfig
 from memjax.config.schema import Config, ModelConfig, TrainingConfig
 from memjax.layers.axes import ROWS, SEQUENCE, spec_for
+from memjax.runtime.distributed import data_shard
 
 
 def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
@@ -68,10 +69,10 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-  """The global batch on the devices of the mesh, made of the rows that each process holds."""
-  processes = jax.process_count()
+  """The global batch on the devices of the mesh, made of the rows that each process holds (`distributed.data_shard`)."""
+  _, parts = data_shard(mesh)
   def put(x):
-    whole = jax.ShapeDtypeStruct((x.shape[0] * processes, *x.shape[1:]), x.dtype)
+    whole = jax.ShapeDtypeStruct((x.shape[0] * parts, *x.shape[1:]), x.dtype)
     return jax.make_array_from_process_local_data(batch_shardings(whole, mesh, ('batch', 'tokens')), x, whole.shape)
   return jax.tree.map(put, batch)
 
