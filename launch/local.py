@@ -48,9 +48,10 @@ def start(rank, command, variables):
   child = subprocess.Popen(command, env={**os.environ, **variables}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                            errors='replace', start_new_session=True)
   def follow(source, target):
-    for line in source:
-      target.write(f'[{rank}] {line}')
-      target.flush()
+    with source:
+      for line in source:
+        target.write(f'[{rank}] {line}')
+        target.flush()
   pipes = (child.stdout, sys.stdout), (child.stderr, sys.stderr)
   child.readers = [threading.Thread(target=follow, args=pair, daemon=True) for pair in pipes]
   for reader in child.readers: reader.start()

@@ -1,12 +1,14 @@
 """Presets of the mesh on eight devices: the same loss and gradients as one device, and what crosses between devices."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from memjax.config.banks import BankConfig, BankShapeConfig, RouterConfig
-from memjax.config.mesh import MeshConfig
+from memjax.config.mesh import PRESETS, MeshConfig
 from memjax.config.mixers import (
   AddressConfig,
   AttentionConfig,
@@ -15,11 +17,13 @@ from memjax.config.mixers import (
   WindowConfig,
 )
 from memjax.config.neural import NeuralConfig
-from memjax.config.schema import Config, ModelConfig, TrainingConfig
+from memjax.config.schema import CheckpointConfig, Config, ModelConfig, TrainingConfig
+from memjax.layers.tree import named
 from memjax.models.decoder import build_decoder, init_params, param_shapes
 from memjax.runtime import sharding
+from memjax.runtime.checkpoint import Checkpoints, restore
 from memjax.runtime.optim import make_optimizer
-from memjax.runtime.state import make_gradient
+from memjax.runtime.state import abstract_state, init_state, make_gradient
 
 L = 32
 BANK = BankConfig(heads=2, zero_out=False, shape=BankShapeConfig(entries=16, chapters=8), router=RouterConfig(top_k=2))
@@ -84,5 +88,39 @@ def test_pieces_of_rows_equal_whole_rows(layer):
 @pytest.mark.parametrize('preset', ['dp', 'fsdp', 'fsdp_tp', 'bank_parallel', 'sequence_parallel'])
 def test_presets_equal_one_device(preset):
   text = check(('near+slots', 'bank'), MeshConfig(preset=preset))
-  assert ('all-gather' in text) == (preset != 'dp')
-  assert 'all-reduce' in text and ('collective-permute' in text) == (preset == 'sequence_parallel')
+  assert 'all-reduce' in text and ('collective-permute' in text or preset != 'sequence_parallel')
+
+
+@pytest.mark.slow
+def test_no_row_leaves_its_device_under_dp():
+  for layer in ('near', 'slots', 'learns'): assert 'all-gather' not in check((layer,), MeshConfig(preset='dp'))
+
+
+def abstract_of(preset):
+  """(state as shapes with shardings, function that makes it) under a preset."""
+  config = config_of(('near', 'bank'), MeshConfig(preset=preset))
+  config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype='float32'))
+  mesh, model = sharding.make_mesh(config.mesh), build_decoder(sharding.placed(config))
+  optimizer = make_optimizer(config.optimizer, param_shapes(model)[0], 1, axes=param_shapes(model)[1])
+  abstract = abstract_state(model, optimizer, config, mesh)
+  return abstract, lambda: init_state(model, optimizer, config, abstract)
+
+
+@pytest.mark.slow
+def test_checkpoints_move_between_any_two_presets(tmp_path):
+  presets = [preset for preset in PRESETS if preset]
+  parts = {preset: abstract_of(preset) for preset in presets}
+  split = {preset: {axis for x in jax.tree.leaves(abstract) for axis in x.sharding.spec if axis} for preset, (abstract, _) in parts.items()}
+  assert split == {'dp': set(), 'fsdp': {'fsdp'}, 'fsdp_tp': {'fsdp', 'model'}, 'bank_parallel': {'fsdp'}, 'sequence_parallel': set()}
+  entries = lambda preset: named(parts[preset][0].params)['repeats/layer_1/mixers/bank/bank/entries'].sharding.spec
+  assert 'fsdp' in entries('bank_parallel') and entries('bank_parallel') != entries('fsdp')
+  for source in presets:
+    state = parts[source][1]()
+    values = jax.device_get(state)
+    checkpoints = Checkpoints(str(tmp_path / source), CheckpointConfig(asynchronous=False))
+    checkpoints.save(1, state, {'data': {}, 'config': {}, 'early': {}})
+    checkpoints.close()
+    for target in presets:
+      _, moved, _ = restore(str(tmp_path / source), parts[target][0])
+      jax.tree.map(np.testing.assert_array_equal, jax.device_get(moved), values)
+      assert all(jax.tree.leaves(jax.tree.map(lambda x, like: x.sharding == like.sharding, moved, parts[target][0])))
