@@ -1,10 +1,14 @@
 """The benchmarks of memories that learn at test time: tasks that are what they say, models of equal size, toy runs to the end."""
+import functools
+import time
+
 import jax
 import numpy as np
 import pytest
 
-from benchmarks import decode, language_models, longstream, needle, neural_models, recall_rows
-from memjax.runtime.test_time import learners
+from benchmarks import decode, join, language, language_models, longstream, needle, neural_models, recall_rows
+from memjax.models.decoder import build_decoder, init_params
+from memjax.runtime.test_time import held, learners
 from tests.test_benchmarks import check, write_text
 
 SIZES = dict(width=64, layers=2, heads=2, window=16, chunk=16, vocabulary=needle.VOCABULARY, dtype='float32')
@@ -12,13 +16,19 @@ SIZES = dict(width=64, layers=2, heads=2, window=16, chunk=16, vocabulary=needle
 
 @pytest.fixture(scope='module')
 def batch():
-  """(key, needles) of 300 rows, made once."""
+  """(key, needles) of 90 rows, made once."""
   key = jax.random.key(3)
-  return key, needle.hide(key, 300, 4)
+  return key, jax.tree.map(np.asarray, jax.jit(needle.hide, static_argnums=(1, 2))(key, 90, 4))
+
+
+@functools.cache
+def compiled(rows, size):
+  return jax.jit(lambda key, hidden, start, total: needle.part_of_rows(key, hidden, rows, (start, size, total)))
 
 
 def rows_of(batch, rows, span):
-  return {name: np.asarray(a) for name, a in needle.part_of_rows(*batch, rows, span).items()}
+  start, size, total = span
+  return {name: np.asarray(a) for name, a in compiled(rows, size)(*batch, start, total).items()}
 
 
 def test_needles_hold_the_answers(batch):
@@ -56,31 +66,55 @@ def test_needles_stand_anywhere_and_training_asks_for_all(batch):
   marks = [np.flatnonzero(row == needle.MARK) for row in data['token']]
   kinds = np.asarray(batch[1].kind_B)
   assert all(len(m) == needle.TRAIN.needles[kind] for m, kind in zip(marks, kinds, strict=True))
-  assert [data['weight'][kinds == kind].sum(1).tolist() for kind in range(3)] == [[4] * 100, [16] * 100, [4] * 100]
+  assert [data['weight'][kinds == kind].sum(1).tolist() for kind in range(3)] == [[4] * 30, [16] * 30, [4] * 30]
   first = np.array([m[0] for m, kind in zip(marks, kinds, strict=True) if kind == 0])
-  assert first.min() < 30 and first.max() > 190
+  assert first.min() < 50 and first.max() > 170
   asked = np.asarray(batch[1].key_BxN)[kinds == 2, 0]                  # the needle asked for last is not always the first
   places = [np.flatnonzero(data['token'][kinds == 2][i] == key)[0] for i, key in enumerate(asked)]
   assert np.std(places) > 40
 
 
-def test_models_have_equal_parameters_and_learn():
+@pytest.mark.slow
+def test_models_have_equal_parameters():
   count = language_models.parameters(neural_models.model_config('MAC', **SIZES))
   for name in neural_models.NAMES:
     config = language_models.matched(neural_models.model_config(name, **SIZES), count)
     assert abs(language_models.parameters(config) / count - 1) < 0.02, name
-    assert bool(learners(config)) == (name not in ('window', 'attention'))
+
+
+def test_models_that_learn_can_be_held():
+  for name in neural_models.NAMES:
+    config = neural_models.model_config(name, **SIZES)
+    assert bool(learners(config)) == (name not in ('window', 'attention')) == ('off' in neural_models.ways(config))
   assert set(decode.NEURAL.values()) <= set(neural_models.NAMES)
   assert all(recall_rows.model_config(make, width=64, vocabulary=128).mixers['memory'].kind == 'neural'
              for make in recall_rows.NEURAL.values())
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('name', ['MAC', 'MAL', 'window + linear exact', 'window + holographic'])
+def test_held_parameters_do_what_the_library_does(name):
+  config = neural_models.model_config(name, **SIZES | {'width': 16, 'layers': 1})
+  model, token = build_decoder(config), jax.random.randint(jax.random.key(1), (2, 40), 0, SIZES['vocabulary'])
+  position = jax.numpy.broadcast_to(jax.numpy.arange(40)[None], (2, 40))
+  params = init_params(model, jax.random.key(0))[0]
+  def run(params, **keywords): return model.apply({'params': params}, token, model.init_state(2), position_BxL=position, **keywords)[:2]
+  call = jax.jit(run)
+  on, off = call(params)[0], call(neural_models.held(params, 'off'))[0]
+  library = jax.jit(lambda params: run(params, **held(config, 'off')))(params)[0]
+  assert np.allclose(off, library, atol=1e-5) and not np.allclose(on, off, atol=1e-3)
+  if 'frozen' not in neural_models.ways(config): return
+  frozen, state = call(neural_models.held(params, 'frozen'))
+  moved = [np.abs(leaf).max() for path, leaf in jax.tree_util.tree_leaves_with_path(state) if 'fast' in jax.tree_util.keystr(path)]
+  assert moved and max(moved) == 0 and not np.allclose(frozen, off, atol=1e-3)
+
+
+@pytest.mark.slow
 def test_needle(tmp_path):
   path = tmp_path / 'n.json'
-  needle.main(['--models', 'window + linear exact;window', '--width', '32', '--heads', '2', '--layers', '1', '--length', '64', '--window', '8',
-               '--chunk', '8', '--steps', '4', '--per_call', '2', '--batch', '3', '--eval_batch', '3', '--batches', '1', '--seeds', '0,1',
-               '--lengths', '64,128', '--lookahead', '--output', str(path)])
+  needle.main(['--models', 'window + linear exact;window', '--width', '32', '--heads', '2', '--layers', '1', '--length', '64',
+               '--window', '8', '--chunk', '8', '--steps', '4', '--per_call', '2', '--batch', '3', '--eval_batch', '3', '--batches', '1',
+               '--seeds', '0,1', '--lengths', '64,128', '--lookahead', '--output', str(path)])
   memory, window = check(path, 'needle')['rows']
   assert [(t['test_time'], t['length']) for t in memory['tests']] == [('on', 64), ('on', 128), ('frozen', 64), ('off', 64)]
   assert [t['test_time'] for t in window['tests']] == ['on', 'on'] and len(memory['tests'][0]['seeds']) == 2
@@ -89,15 +123,32 @@ def test_needle(tmp_path):
 
 @pytest.mark.slow
 def test_language_of_wirings(tmp_path):
-  from benchmarks import language
   files = write_text(tmp_path, {'train': 60, 'valid': 9, 'test': 7})
   path = tmp_path / 'l.json'
-  language.main([*files, '--models', 'MAG;window', '--like', 'MAC', '--width', '16', '--heads', '2', '--layers', '1', '--window', '8',
-                 '--chunk', '8', '--steps', '2', '--per_call', '2', '--eval_every', '2', '--batch', '2', '--length', '16', '--seeds', '1',
-                 '--warmup', '1', '--eval_batch', '4', '--lanes', '2', '--output', str(path)])
+  language.main([*files, '--models', 'window + linear exact;window', '--like', 'MAG', '--width', '16', '--heads', '2', '--layers', '1',
+                 '--window', '8', '--chunk', '8', '--carried', '--steps', '2', '--per_call', '2', '--eval_every', '2', '--batch', '2',
+                 '--length', '16', '--seeds', '1', '--warmup', '1', '--eval_batch', '4', '--lanes', '2', '--output', str(path)])
   memory, window = check(path, 'language')['rows']
-  assert set(memory['test_nll']) == {'sliding', 'carried', 'frozen', 'off'} and set(window['test_nll']) == {'sliding', 'carried'}
+  assert set(memory['test_nll']) == {'carried', 'frozen', 'off'} and set(window['test_nll']) == {'carried'}
   assert memory['test_nll']['carried'] != memory['test_nll']['off'] and abs(memory['parameters'] / window['parameters'] - 1) < 0.05
+
+
+def test_join_keeps_all_rows_and_refuses_other_sizes():
+  made = lambda model, steps: {'benchmark': f'needle-{model}', 'arguments': [model], 'machine': {}, 'rows': [{'model': model}],
+                               'options': {'models': [model], 'steps': steps, 'name': model}}
+  joined = join.join([made('a', 3), made('b', 3)], 'needle')
+  assert [row['model'] for row in joined['rows']] == ['a', 'b'] and joined['processes'] == [['a'], ['b']]
+  assert joined['benchmark'] == joined['module'] == 'needle' and joined['options'] == {'steps': 3}
+  with pytest.raises(ValueError, match='needle-b differs from needle-a in steps'): join.join([made('a', 3), made('b', 4)], 'needle')
+
+
+def test_the_ratio_of_a_long_stream_is_late_over_early():
+  calls = []
+  found = longstream.compare(lambda n: calls.append(n) or time.sleep(0.001 * n) or np.zeros(1), (2,), (6,), 3)
+  assert calls.count(2) == calls.count(6) == 4 and found['early_us'] < found['late_us']
+  assert found['ratio'] == found['late_us'] / found['early_us'] > 1.5
+  form = {'ratio': 1.25}
+  assert [t['value'] for t in longstream.targets([{'model': 'x', 'tokens': 9, 'decode': form, 'parallel': form}])] == [0.8, 0.8]
 
 
 @pytest.mark.slow
