@@ -18,7 +18,7 @@ def _only(part, names: tuple, applies: bool, reason: str) -> None:
 @config
 class NeuralNetConfig:
   """The network whose weights are the memory (specification section 6)."""
-  kind: str = option('mlp', 'architecture', choices=('linear', 'mlp', 'swiglu', 'gated', 'factorised', 'low_rank'))
+  kind: str = option('mlp', 'architecture', choices=('linear', 'mlp', 'swiglu', 'gated', 'factorised', 'low_rank', 'attention'))
   depth: int = option(2, 'layers of mlp, gated, factorised and low_rank', low=1, high=4)
   expansion: int = option(4, 'inner width in key widths', low=1)
   activation: str = option('silu', 'between the layers', choices=('silu', 'gelu', 'relu', 'tanh'))
@@ -33,7 +33,8 @@ class NeuralNetConfig:
   def __post_init__(self):
     _only(self, ('depth',), self.kind in LAYERED_KINDS, f'{", ".join(LAYERED_KINDS)}, not to {self.kind}')
     _only(self, ('expansion',), self.kind != 'linear', 'networks with an inner width, not to linear')
-    _only(self, ('activation',), self.kind not in ('linear', 'swiglu'), f'mlp, gated, factorised and low_rank, not to {self.kind}')
+    _only(self, ('activation',), self.kind not in ('linear', 'swiglu'),
+          f'mlp, gated, factorised, low_rank and attention, not to {self.kind}')
     _only(self, ('rank',), self.kind in ('factorised', 'low_rank'), f'factorised and low_rank, not to {self.kind}')
     _only(self, ('gain',), self.has_residual, 'the residual form, which is off')
     refuse(self.bias and self.kind not in PLAIN_KINDS, f'bias applies to linear and mlp, not to {self.kind}')
@@ -47,8 +48,9 @@ class NeuralNetConfig:
 @config
 class NeuralRuleConfig:
   """The inner optimiser (specification sections 3 and 5)."""
-  mode: str = option('token', 'gradients at the start of the chunk, or (exact) at the last token; block also reads at the start',
-                     choices=('token', 'exact', 'block'))
+  mode: str = option('token', 'gradients at the start of the chunk, or (exact) at the last token; block also reads at the start; '
+                     'chunk_gates: one momentum and forgetting a chunk, gradients at the learned start, as in titans-pytorch',
+                     choices=('token', 'exact', 'block', 'chunk_gates'))
   loss: str = option('l2', 'of the prediction for a key against its value', choices=('l2', 'dot', 'huber', 'lp', 'kl'))
   loss_scale: str = option('half', 'factor on l2, huber and lp: 1/2, 1, or 1 / value width', choices=('half', 'sum', 'mean'))
   loss_argument: float = option(0.0, 'where huber turns linear (0 = 1), p of lp (0 = 3)', low=0.0)
@@ -75,7 +77,10 @@ class NeuralRuleConfig:
     refuse(self.loss == 'lp' and 0 < self.loss_argument < 1, f'loss_argument={self.loss_argument:g} of lp must be at least 1')
     refuse(self.decay_to != 'init' and not self.forget, 'decay_to needs forget')
     refuse(self.momentum == 'muon' and self.mode != 'block', f"momentum='muon' needs mode='block', not {self.mode!r}")
-    refuse(self.read != 'after' and self.mode == 'block', "read applies to modes 'token' and 'exact'; 'block' reads the start of the chunk")
+    refuse(self.read != 'after' and self.mode not in ('token', 'exact'),
+           "read applies to modes 'token' and 'exact'; others read whole chunks")
+    refuse(self.mode == 'chunk_gates' and self.momentum not in ('none', 'first'),
+           f"momentum={self.momentum!r} has no form for 'chunk_gates'")
 
 
 @config
@@ -99,7 +104,8 @@ class NeuralWriteConfig:
   """What one token writes (specification sections 4 and 5.5)."""
   pairs: int = option(1, 'pairs of key and value of each token', low=1)
   window: int = option(1, 'tokens whose gradients each step follows, taken at one anchor (omega rule; mode token)', low=1)
-  per_tensor: bool = option(False, 'a learned factor in (0, 2) on the step size for each fast tensor (modes token and block)')
+  per_tensor: bool = option(False, 'a learned factor in (0, 2) on the step size for each fast tensor (not in mode exact)')
+  refresh: int = option(0, 'mode chunk_gates: chunks between the weights at which gradients are taken; 0 = always the learned start', low=0)
 
 
 @config
@@ -139,6 +145,19 @@ class NeuralConfig:
   proj: NeuralProjConfig = option(NeuralProjConfig(), 'projections')
   exec: NeuralExecConfig = option(NeuralExecConfig(), 'how it is computed')
 
+  @property
+  def waits(self) -> bool:
+    """Whether writes wait for the end of their chunk."""
+    return self.net.kind == 'attention' or self.rule.mode == 'chunk_gates'
+
+  def _check_whole(self):
+    mixes, mode = self.net.kind == 'attention', self.rule.mode
+    refuse(mixes and mode != 'block', f"net.kind='attention' needs rule.mode='block', not {mode!r}")
+    refuse(mixes and (self.rule.clip > 0 or self.write.per_tensor), "net.kind='attention' has no gradients of single tokens for "
+           'rule.clip and write.per_tensor')
+    refuse(mode == 'chunk_gates' and not self.gates.theta_raw, "rule.mode='chunk_gates' needs gates.theta_raw: a token has no momentum")
+    refuse(self.write.refresh > 0 and mode != 'chunk_gates', f"write.refresh applies to rule.mode='chunk_gates', not to {mode!r}")
+
   def __post_init__(self):
     net, rule, gates, write = self.net, self.rule, self.gates, self.write
     refuse(rule.mode == 'exact' and (net.kind != 'linear' or net.has_residual),
@@ -149,7 +168,8 @@ class NeuralConfig:
     refuse(self.exec.solver != 'blocked' and rule.mode != 'exact', f"exec.solver applies to rule.mode='exact', not to {rule.mode!r}")
     refuse(write.window > 1 and rule.mode != 'token', f"write.window={write.window} needs rule.mode='token', not {rule.mode!r}")
     refuse(write.window > self.chunk, f'write.window={write.window} reaches back beyond one chunk={self.chunk}')
-    refuse(write.per_tensor and rule.mode == 'exact', "write.per_tensor applies to rule.mode='token' and 'block', not to 'exact'")
+    refuse(write.per_tensor and rule.mode == 'exact', "write.per_tensor does not apply to rule.mode='exact'")
+    self._check_whole()
     refuse(net.has_residual and self.value_width not in (0, self.key_width), 'value_width must be key_width in the residual form of net')
     refuse(gates.alpha_bias != 0 and not rule.forget, 'gates.alpha_bias needs rule.forget')
     refuse(gates.eta_bias != 2.197 and rule.momentum == 'none', 'gates.eta_bias needs rule.momentum')

@@ -46,10 +46,12 @@ def _check_stage(model: Any, names: tuple[str, ...], wiring: str, *, path: str) 
   if wiring == MAG:
     refuse(second in model.grafted and titans.fuse != 'double_sigmoid',
            f'{path} grafts {second!r}; only block.titans.fuse=double_sigmoid leaves a host undisturbed, not {titans.fuse}')
-    blind = memory.kind == 'neural' and memory.rule.mode == 'block' and attention.kind == 'window' and attention.window < memory.chunk
-    refuse(blind, f"{path} leaves tokens unseen: mixers.{second}.rule.mode='block' needs mixers.{first}.window of at least its chunk")
+    mode = memory.rule.mode if memory.kind == 'neural' else ''
+    blind = mode in ('block', 'chunk_gates') and attention.kind == 'window' and attention.window < memory.chunk
+    refuse(blind, f"{path} leaves tokens unseen: mixers.{second}.rule.mode={mode!r} needs mixers.{first}.window of at least its chunk")
     return
   refuse(memory.kind != 'neural', f'{path} ends with {second!r} of kind {memory.kind}; {MAC} ends with kind neural')
+  refuse(memory.waits, f'{path} ends with {second!r}, whose writes wait for the end of a chunk; {MAC} reads every token')
   refuse(attention.kind != 'window', f'{path} begins with {first!r} of kind {attention.kind}; {MAC} begins with window, its segment')
   refuse(attention.window % memory.chunk != 0,
          f'{path} needs mixers.{first}.window={attention.window}, its segment, to be a multiple of mixers.{second}.chunk={memory.chunk}')

@@ -3,6 +3,8 @@
 The state is the change of its weights since the learned start, their momenta, and the pending tokens of the current chunk as rank-1
 factors: weights are rewritten once a chunk, and every token still reads the weights after its own write.
 """
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -14,7 +16,7 @@ from memjax.ops.counts import cumulate
 from memjax.ops.nested_scan import nested_scan
 from memjax.ops.neural_layout import Layout, lay_out, rearrange
 from memjax.ops.neural_scan import Chunk, Told, scan_chunks
-from memjax.ops.neural_steps import coefficients, for_pairs
+from memjax.ops.neural_steps import Coefficients, Gates, coefficients, for_pairs
 
 
 class Neural(NeuralStep):
@@ -35,7 +37,7 @@ class Neural(NeuralStep):
     if write_mask_BxL is None: return in_chunks(state)
     some = jnp.any(real_BxL & write_mask_BxL)
     later = jnp.any(reset_BxL & (cumulate(real_BxL) > 1))
-    def frozen(state): return self._frozen(state, inputs, real_BxL, reset_BxL)
+    def frozen(state): return by_steps(state) if self.rule.network.mixes else self._frozen(state, inputs, real_BxL, reset_BxL)
     partly = lambda state: jax.lax.cond(some | later, by_steps, frozen, state)
     return jax.lax.cond(jnp.any(real_BxL & ~write_mask_BxL), partly, in_chunks, state)
 
@@ -73,29 +75,40 @@ class Neural(NeuralStep):
       rows = jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), slots)
       halo = self._halo(state, rows, jnp.swapaxes(layout.fresh, 0, 1)) if before else None
       gates, tokens = self.tokens(rows, halo)
-      found = coefficients(self.rule.momentum, gates, inside=not self.is_block, window=before + 1, pairs=self.rule.pairs)
-      return slots, halo, tokens, found, jnp.swapaxes(rows.query, 2, 3), tail
+      return slots, halo, tokens, self.coefficients(gates), jnp.swapaxes(rows.query, 2, 3), tail
     slots, halo, tokens, found, query, tail = jax.checkpoint(prepare)(state, inputs, old.tail)      # elementwise, cheap to do again
     chunks = Chunk(query, tokens, found, jnp.swapaxes(layout.full, 0, 1), jnp.swapaxes(layout.fresh, 0, 1))
-    memory = (state.anchor, state.fast) if self.is_block else state.fast
     e = self.config.exec
-    memory, (y, told) = scan_chunks(self.rule, start, memory, chunks, group=e.group, unroll=e.unroll)
+    memory, (y, told) = scan_chunks(self.rule, start, self.carried(state), chunks, group=e.group, unroll=e.unroll)
     y_BxLxE = self._flat(self._back(y, layout))
     told = Told(*(self._back(a[..., None], layout)[..., 0] for a in told))
     new = state.replace(slot_B=layout.slot, tail=tail, running_BxHxY=self._running(state, told, real_BxL, reset_BxL))
-    if self.is_block: new = new.replace(anchor=memory[0], fast=memory[1])
-    else:
-      if before: new = new.replace(halo=self._last_halo(halo, slots, layout))
-      new = new.replace(fast=memory, pending=self._pending(new.replace(fast=memory), start, slots, layout))
+    new = self.moved(new, memory)
+    if before: new = new.replace(halo=self._last_halo(halo, slots, layout))
+    if new.pending is not None: new = new.replace(pending=self._pending(new, start, slots, layout))
     return where_rows(real_BxL.any(1), new, old), jnp.where(real_BxL[..., None], y_BxLxE, 0), told
+
+  def coefficients(self, gates: Gates) -> Coefficients:
+    """The coefficients of chunks."""
+    return coefficients(self.rule.momentum, gates, inside=not self.is_block, window=self.reach[1] + 1, pairs=self.rule.pairs)
+
+  def carried(self, state: NeuralState) -> Any:
+    """What the scan over chunks hands on."""
+    return (state.anchor, state.fast) if self.is_block else state.fast
+
+  def moved(self, state: NeuralState, memory: Any) -> NeuralState:
+    """The state with what the scan left."""
+    return state.replace(anchor=memory[0], fast=memory[1]) if self.is_block else state.replace(fast=memory)
 
   def _in_slots(self, state, items: NeuralItems, layout: Layout) -> NeuralItems:
     """Pending tokens and those of the call in their slots, [B, N, C, ...]; zeros where there is none."""
     C, pending = self.config.chunk, state.pending
-    before = {} if pending is None else dict(key=pending.key_BxCxHxK, value=pending.value_BxCxHxV, gate=pending.gate_BxCxGxH)
+    before = {} if pending is None else dict(key=pending.key_BxCxHxK, value=pending.value_BxCxHxV, gate=pending.gate_BxCxGxH,
+                                                 query=pending.query_BxCxHxK)
     def cut(name):
       a = getattr(items, name)
-      first = before[name].astype(a.dtype) if name in before else jnp.zeros((a.shape[0], C, *a.shape[2:]), a.dtype)
+      first = before.get(name)
+      first = jnp.zeros((a.shape[0], C, *a.shape[2:]), a.dtype) if first is None else first.astype(a.dtype)
       a = rearrange(jnp.concatenate([first, a], 1), layout.source, layout.place)
       return a.reshape(a.shape[0], -1, C, *a.shape[2:])
     return NeuralItems(*(cut(name) for name in ('query', 'key', 'value', 'gate')))
@@ -128,14 +141,18 @@ class Neural(NeuralStep):
     carried_B = jnp.where(reset_BxL.any(1), 0, RECENT ** real_BxL.sum(1).astype(self.state_dtype))
     return jnp.einsum('bl,blhy->bhy', weight_BxL, watched(told)) + carried_B[:, None, None] * state.running_BxHxY
 
-  def _pending(self, state, start, slots: NeuralItems, layout: Layout) -> Pending:
-    """The tokens of each row's last chunk where it is not complete, with their factors at its start, the weights of the state."""
-    C, memory, (pairs, before) = self.config.chunk, state.fast, self.reach
-    valid = jnp.arange(C)[None] < layout.slot[:, None]
+  def _kept(self, slots: NeuralItems, layout: Layout) -> NeuralItems:
+    """The tokens [B, C, ...] of each row's last chunk where it is not complete; zeros elsewhere."""
+    valid = jnp.arange(self.config.chunk)[None] < layout.slot[:, None]
     def last(a):
       a = jnp.take_along_axis(a, layout.last.reshape(-1, *(1,) * (a.ndim - 1)), 1)[:, 0]
       return jnp.where(valid.reshape(*valid.shape, *(1,) * (a.ndim - 2)), a, 0)
-    kept = NeuralItems(*(last(getattr(slots, name)) for name in ('query', 'key', 'value', 'gate')))
+    return jax.tree.map(last, slots)
+
+  def _pending(self, state, start, slots: NeuralItems, layout: Layout) -> Pending:
+    """The tokens of each row's last chunk where it is not complete, with their factors at its start, the weights of the state."""
+    memory, (pairs, before), kept = state.fast, self.reach, self._kept(slots, layout)
+    valid = jnp.arange(self.config.chunk)[None] < layout.slot[:, None]
     gates, tokens = self.tokens(kept)
     whole = coefficients(self.rule.momentum, gates, window=before + 1)
     found = ops.find_factors(self.rule, start, memory, tokens, coefficients=for_pairs(whole, pairs))

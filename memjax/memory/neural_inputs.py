@@ -101,7 +101,8 @@ class NeuralProjections(nn.Module):
     logit = jnp.dot(x_BxLxD.astype(wide), kernel, precision='highest') + bias.reshape(1, 1, -1)
     logit = logit.reshape(*logit.shape[:2], len(self.gate), -1)
     gate = {name: logit[:, :, n] for n, name in enumerate(self.gate)}
-    gate = {name: a if name in ('c0', 'c1', 'c2') else jax.nn.sigmoid(a) for name, a in gate.items()}
+    plain = ('eta', 'alpha') if self.config.rule.mode == 'chunk_gates' else ('c0', 'c1', 'c2')
+    gate = {name: a if name in plain else jax.nn.sigmoid(a) for name, a in gate.items()}
     gate = {name: 2 * a if name.startswith('rate_') else a for name, a in gate.items()}
     gate['theta'] = gate['theta'] * self.theta_scale(gate)
     return NeuralInputs(stream, jnp.stack([*gate.values(), jnp.ones_like(gate['theta'])], 2))
@@ -119,8 +120,10 @@ class NeuralProjections(nn.Module):
     return scale * (1 - gate['eta']) if g.theta_momentum_norm and 'eta' in gate else scale
 
   def unpack(self, gate: jax.Array) -> Gates:
-    """The gates of [G, ...]; those that are not in force are zero."""
+    """The gates of [G, ..., C]; those that are not in force are zero. In mode chunk_gates eta and alpha are those of the mean logit."""
     found = {name: gate[n] for n, name in enumerate(self.names)}
+    for name in {'eta', 'alpha'}.intersection(found) if self.config.rule.mode == 'chunk_gates' else ():
+      found[name] = jnp.broadcast_to(jax.nn.sigmoid(found[name].mean(-1, keepdims=True)), found[name].shape)
     zero = jnp.zeros_like(found['theta'])
     more = dict(eta2=found['eta2'], mix=(found['c0'], found['c1'], found['c2'])) if 'eta2' in found else {}
     if self.config.write.per_tensor: more['rate'] = {name: found[f'rate_{name}'] for name in self.network.fast}

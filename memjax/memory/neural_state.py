@@ -21,14 +21,15 @@ RUNNING = ('weight', 'loss', 'surprise', 'surprise_square', 'clipped')
 class Pending:
   """Tokens of a chunk that is not complete, zeros where there is none: factors by name [B, H, C, width], keys, values and gates, and
   their coefficients push [B, H, Q, C] and turn - 1 [B, H, Q, Q]. Factors and push begin with the tokens of the window before the
-  chunk; factors of the pairs of a token follow each other."""
+  chunk; factors of the pairs of a token follow each other. Where writes wait for the whole chunk no factors; queries where they mix."""
   a: dict
   d: dict
   key_BxCxHxK: jax.Array
   value_BxCxHxV: jax.Array
   gate_BxCxGxH: jax.Array
-  push_BxHxQxC: jax.Array
-  turn_BxHxQxQ: jax.Array
+  push_BxHxQxC: Any
+  turn_BxHxQxQ: Any
+  query_BxCxHxK: Any = None
 
   @property
   def turn(self) -> jax.Array:
@@ -51,7 +52,8 @@ class Pending:
 class NeuralState:
   """Fast weights minus their start, then momenta, each [B, H, ...], by name; slot: pending tokens; tails of the streams; running means
   of `RUNNING`. In modes token and exact the pending tokens; in mode block, whose weights take every token at once, those of the
-  chunk's start (minus the learned ones) from which it reads. halo: the tokens of the window before the chunk."""
+  chunk's start (minus the learned ones) from which it reads. halo: the tokens of the window before the chunk. In mode chunk_gates
+  the anchor is where gradients are taken, if not at the learned start, for a number of chunks, of which count are over."""
   fast: dict
   slot_B: jax.Array
   tail: dict
@@ -59,6 +61,7 @@ class NeuralState:
   pending: Any = None
   anchor: Any = None
   halo: Any = None
+  count_B: Any = None
 
 
 class NeuralStep(Memory):
@@ -93,7 +96,8 @@ class NeuralStep(Memory):
     scale = {'half': 0.5, 'sum': 1.0, 'mean': 1 / network.value_width}[r.loss_scale]
     argument = r.loss_argument or {'huber': 1.0, 'lp': 3.0}.get(r.loss, 0.0)
     return ops.Rule(network, r.mode, r.loss, scale, argument, r.momentum, r.decay_to, r.read, r.grad_at, r.clip, r.clip_kind,
-                    r.first_order, c.exec.solver, c.net.weight_norm, self.dtype, c.write.pairs)
+                    r.first_order, c.exec.solver, c.net.weight_norm, self.dtype, c.write.pairs,
+                    c.write.refresh)
 
   @property
   def order(self) -> str:

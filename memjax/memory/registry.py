@@ -9,6 +9,7 @@ from memjax.memory.context import Context
 from memjax.memory.holographic import Holographic
 from memjax.memory.holographic_seed import HolographicSeed
 from memjax.memory.neural import Neural
+from memjax.memory.neural_waiting import NeuralWaiting
 from memjax.memory.product_key import ProductKey
 from memjax.memory.table import EntryTable, ValueTable
 
@@ -18,10 +19,16 @@ MEMORIES: dict[str, type[Memory]] = {
 TABLES = {'bank': EntryTable, 'product_key': ValueTable}
 
 
+def memory_class(config: Any) -> type[Memory]:
+  """The module class of one mixer config."""
+  if config.kind not in MEMORIES: raise UserError(f'no memory of kind {config.kind!r}; known: {", ".join(sorted(MEMORIES))}')
+  if config.kind == 'neural' and config.waits: return NeuralWaiting
+  return MEMORIES[config.kind]
+
+
 def make_memory(config: Any, width: int, **options: Any) -> Memory:
   """The module of one mixer config; `options` are the fields of `Memory` (dtype, std, grafted, lora, name, parent)."""
-  if config.kind not in MEMORIES: raise UserError(f'no memory of kind {config.kind!r}; known: {", ".join(sorted(MEMORIES))}')
-  return MEMORIES[config.kind](config, width, **options)
+  return memory_class(config)(config, width, **options)
 
 
 def make_table(config: Any, width: int, **options: Any) -> Any:

@@ -39,14 +39,22 @@ def whole_coefficients(rule: Rule, gates: Gates) -> Coefficients:
 def write_whole(rule: Rule, start: Weights, memory: Whole, tokens: Tokens, *, made: Coefficients) -> tuple[Whole, Factors]:
   """(what a complete chunk leaves, what is told of its tokens)."""
   if rule.network.mixes: found, told = weighted_gradients(rule, start, memory.fast, tokens, push=made.push)
-  else:
-    fixed = start.fast if memory.fixed is None else {name: start.fast[name] + a for name, a in memory.fixed.items()}
-    found = told = factors(rule, fixed, start.slow, tokens)
+  else: found = told = factors(rule, _fixed(start, memory), start.slow, tokens)
   fast = finish(rule, start, commit(rule, start, memory.fast, found=found, coefficients=made))
   if memory.fixed is None: return Whole(fast), told
   count_B = jnp.where(memory.count_B + 1 == rule.refresh, 0, memory.count_B + 1)
   moves = lambda new, old: jnp.where((count_B == 0).reshape(-1, *(1,) * (new.ndim - 1)), new, old)
   return Whole(fast, {name: moves(fast[name][0], a) for name, a in memory.fixed.items()}, count_B), told
+
+
+def _fixed(start, memory):
+  return start.fast if memory.fixed is None else {name: start.fast[name] + a for name, a in memory.fixed.items()}
+
+
+def tell_whole(rule: Rule, start: Weights, memory: Whole, tokens: Tokens) -> Factors:
+  """What is told of the tokens of a chunk, whether or not it is complete."""
+  if not rule.network.mixes: return factors(rule, _fixed(start, memory), start.slow, tokens)
+  return weighted_gradients(rule, start, memory.fast, tokens, push=jnp.zeros((*tokens.weight.shape[:2], 0, tokens.weight.shape[2])))[1]
 
 
 def weighted_gradients(rule: Rule, start: Weights, memory: dict, tokens: Tokens, *, push: jax.Array) -> tuple[dict, Factors]:

@@ -18,6 +18,7 @@ MATRIX = {'net.kind': 'linear', 'net.expansion': 4}
 EXACT = {**MATRIX, 'rule.mode': 'exact'}
 CLIP, BLOCK, HUBER = {'rule.clip': 0.01}, {'rule.mode': 'block'}, {'rule.loss': 'huber'}
 LOW, RAW = {'net.kind': 'low_rank'}, {'gates.theta_raw': True}
+GATED = {**RAW, 'rule.mode': 'chunk_gates', 'rule.momentum': 'none'}
 GELU, SECOND = {'net.activation': 'gelu'}, {'rule.momentum': 'second'}
 
 # (fields, what they change, the rest of the config where they apply); effects as in tests/memory/test_options.py, and
@@ -44,6 +45,8 @@ TABLE = [
     (RAW, 'output', {}), ({'gates.theta_base': 1.0}, 'output', RAW), ({'gates.eta_bias': 1.0}, 'start', {}),
     ({'gates.alpha_bias': -3.0}, 'start', {}),
     ({'write.pairs': 2}, 'shape', {}), ({'write.window': 2}, 'output', {}), ({'write.per_tensor': True}, 'shape', {}),
+    ({'write.refresh': 1}, 'output', GATED), ({'rule.mode': 'chunk_gates'}, 'output', {**GATED, 'rule.mode': 'block'}),
+    ({'net.kind': 'attention'}, 'shape', BLOCK),
     ({'proj.conv_width': 0}, 'shape', {}), ({'proj.activation': ''}, 'output', {}), ({'proj.qk_norm': 'rms'}, 'output', {}),
     ({'proj.qk_norm': 'none'}, 'output', {}), ({'proj.lookahead': True}, 'output', {}), ({'proj.out_norm': False}, 'shape', {}),
     ({'proj.out_gate': ''}, 'shape', {}), ({'proj.out_gate': 'sigmoid'}, 'output', {}),
