@@ -12,7 +12,7 @@ import shlex
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from benchmarks import report_banks, report_context, report_figures, report_hosts, report_neural, report_text
+from benchmarks import report_banks, report_context, report_figures, report_hosts, report_neural, report_scaling, report_text
 
 RESULTS = pathlib.Path(__file__).parent / 'results'
 DOCS = pathlib.Path(__file__).parent.parent / 'docs'
@@ -205,8 +205,14 @@ def longstream(result: dict[str, Any]) -> list[str]:
   return report_neural.longstream(result, table) + goals(result['targets'])
 
 
+def scaling(result: dict[str, Any]) -> list[str]:
+  """Several devices beside one."""
+  return report_scaling.scaling(result, table, cell) + goals(result['targets'])
+
+
 CAPTIONS = {**report_text.CAPTIONS, **report_neural.CAPTIONS, **report_banks.CAPTIONS, **report_hosts.CAPTIONS, **report_context.CAPTIONS}
-ABOUT = {**report_text.ABOUT, **report_banks.ABOUT, **report_hosts.ABOUT, **report_neural.ABOUT, **report_context.ABOUT}
+ABOUT = {**report_text.ABOUT, **report_banks.ABOUT, **report_hosts.ABOUT, **report_neural.ABOUT, **report_context.ABOUT,
+         **report_scaling.ABOUT}
 READINGS = {**report_text.READINGS, **report_banks.READINGS, **report_hosts.READINGS, **report_neural.READINGS}
 SECTIONS = (                                # title, benchmark, key that must hold something, body, figure
   ('Mixing', 'holographic', 'rows', mixing, 'mixing'), ('Whole layers', 'holographic', 'layers', layers, ''),
@@ -217,7 +223,8 @@ SECTIONS = (                                # title, benchmark, key that must ho
   ('Pretrained decoding', 'decode_host', 'rows', decode_host, ''), ('Neural memory', 'neural_memory', 'rows', neural, ''),
   ('Needles', 'needle', 'rows', needle, 'needle'), ('Learning at test time', 'titans', 'rows', titans, 'titans'),
   ('Long stream', 'longstream', 'rows', longstream, ''),
-  ('Long context', 'context', 'width', context, 'context'), ('Resume', 'resume', 'kills', resume, ''))
+  ('Long context', 'context', 'width', context, 'context'),
+  ('Scaling', 'scaling', 'rows', scaling, ''), ('Resume', 'resume', 'kills', resume, ''))
 
 
 def read_results(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
