@@ -231,8 +231,10 @@ def sees_future(mixer_config: Any) -> bool:
 
 
 def for_inference(mixers: dict[str, Any]) -> dict[str, Any]:
-  """The mixers of evaluation and generation: routers use their `inference` strategy where one is given."""
+  """The mixers of evaluation and generation: routers use their `inference` strategy where one is given, and calls may begin inside
+  a chunk of a neural memory."""
   def one(mixer_config):
+    if mixer_config.kind == 'neural': return dataclasses.replace(mixer_config, exec=dataclasses.replace(mixer_config.exec, aligned=False))
     router = getattr(mixer_config, 'router', None)
     if router is None or not router.inference: return mixer_config
     causal = dataclasses.replace(router, strategy=router.inference, allow_noncausal=False)

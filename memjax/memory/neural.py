@@ -33,7 +33,9 @@ class Neural(NeuralStep):
       layout = self._layout(state, real_BxL, reset_BxL)
       fast = lambda state: self.chunks(state, inputs, layout, (real_BxL, reset_BxL), whole=mask_BxL is None)[:2]
       if layout.full.shape[1] >= L: return fast(state)                                                       # a chunk for each token
-      return jax.lax.cond(layout.fits, fast, by_steps, state)
+      if not self.config.exec.aligned: return jax.lax.cond(layout.fits, fast, by_steps, state)
+      state, y_BxLxE = fast(state)
+      return state, jnp.where(layout.fits, y_BxLxE, jnp.nan)
     if write_mask_BxL is None: return in_chunks(state)
     some = jnp.any(real_BxL & write_mask_BxL)
     later = jnp.any(reset_BxL & (cumulate(real_BxL) > 1))

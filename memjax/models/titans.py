@@ -174,6 +174,9 @@ class Context(nn.Module):
     def by_steps(carry): return scan_tokens(body, carry, tokens)
     all_write = tokens.written_BxT is tokens.real_BxT
     if self.form == 'paper' or (all_write and layout.full.shape[1] >= L): return by_segments(carry)
+    if options.aligned and all_write:
+      carry, out = by_segments(carry)
+      return carry, jax.tree.map(lambda a: jnp.where(layout.fits, a, jnp.nan), out)
     can = layout.fits if all_write else layout.fits & jnp.all(tokens.written_BxT == tokens.real_BxT)
     return jax.lax.cond(can, by_segments, by_steps, carry)
 

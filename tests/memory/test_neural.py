@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from memjax.config.banks import for_inference
 from memjax.config.neural import NeuralConfig, NeuralExecConfig, NeuralNetConfig, NeuralRuleConfig
 from memjax.memory.registry import make_memory
 from memjax.ops.neural import Rule
@@ -135,3 +136,16 @@ def test_temporaries_of_training():
   assert compiled.memory_analysis().temp_size_in_bytes <= 5 * 2 ** 30
   text = compiled.as_text()
   assert f'{length},{length}]' not in text and f'{length},{width},256]' not in text
+
+
+def test_aligned_rows_are_the_same_and_others_read_nan():
+  """A promise of training, which inference does not make: what does not fit is not silently something else."""
+  module = make_memory(dataclasses.replace(BASE, exec=dataclasses.replace(BASE.exec, aligned=True)), D)
+  params = parameters(module, X[:, :1], module.init_state(B), POSITION[:, :1])
+  run = jax.jit(lambda module, x, position: module.apply(params, x, module.init_state(B), position_BxL=position)[0], static_argnums=0)
+  x, position = X[:, :2 * C], POSITION[:, :2 * C]
+  close(run(module, x, position), run(make_memory(BASE, D), x, position))
+  inside = position.copy()
+  inside[1, 2:] -= 2
+  assert np.isnan(run(module, x, inside)).all() and np.isfinite(run(make_memory(BASE, D), x, inside)).all()
+  assert not for_inference({'memory': module.config})['memory'].exec.aligned

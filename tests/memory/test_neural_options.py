@@ -50,7 +50,8 @@ TABLE = [
     ({'proj.conv_width': 0}, 'shape', {}), ({'proj.activation': ''}, 'output', {}), ({'proj.qk_norm': 'rms'}, 'output', {}),
     ({'proj.qk_norm': 'none'}, 'output', {}), ({'proj.lookahead': True}, 'output', {}), ({'proj.out_norm': False}, 'shape', {}),
     ({'proj.out_gate': ''}, 'shape', {}), ({'proj.out_gate': 'sigmoid'}, 'output', {}),
-    ({'exec.spare': 1}, 'trace', {}), ({'exec.group': -1}, 'trace', {}), ({'exec.unroll': 2}, 'trace', {}),
+    ({'exec.spare': 1}, 'trace', {}), ({'exec.aligned': True}, 'trace', {}),
+    ({'exec.group': -1}, 'trace', {}), ({'exec.unroll': 2}, 'trace', {}),
     ({'exec.solver': 'lax'}, 'trace', EXACT),
 ]
 
