@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from memjax.config.codec import to_json
-from memjax.config.mixers import HolographicConfig, WindowConfig
+from memjax.config.mixers import FormConfig, HolographicConfig, WindowConfig
 from memjax.config.schema import CheckpointConfig, Config, MeshConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from memjax.ops.binding import bind, multiply_complex, try_fft
 from memjax.ops.top_k import pick_largest
@@ -80,9 +80,10 @@ def devices() -> Iterator[dict[str, Any]]:
 # One step of training, from end to end ----------------------------------------------------------------------------------------
 
 def small_config(rows: int) -> Config:
-  """A model of a window and a holographic layer that compiles in seconds."""
-  mixers = {'near': WindowConfig(heads=2, window=4), 'mem': HolographicConfig(heads=2)}
-  model = ModelConfig(width=16, hidden=16, vocabulary=16, mixers=mixers, pattern=('near', 'mem'), repeats=1)
+  """A model of a window and a holographic layer that compiles in seconds: unrolled, without convolution and recomputation."""
+  memory = HolographicConfig(heads=2, conv_width=0, form=FormConfig(remat=False))
+  mixers = {'near': WindowConfig(heads=2, window=4), 'mem': memory}
+  model = ModelConfig(width=16, hidden=16, vocabulary=16, mixers=mixers, pattern=(), repeats=0, prefix=('near', 'mem'))
   return Config(name='doctor', model=model, training=TrainingConfig(batch=rows, length=8, steps=1), mesh=MeshConfig(),
                 optimizer=OptimizerConfig(), checkpoint=CheckpointConfig(asynchronous=False))
 
