@@ -25,10 +25,10 @@ from memjax.config.mixers import (
   ReadConfig,
 )
 from memjax.memory.registry import make_memory
-from memjax.ops.binding import bind, from_spectrum, resolve_transform, spectrum_scale, to_spectrum, unbind
+from memjax.ops.binding import resolve_transform
 from memjax.ops.chunked import choose_chunk
 from memjax.ops.keys import random_keys
-from memjax.ops.recurrence import slot_mix
+from memjax.ops.mixing import holographic_mix
 
 LIMIT_MIB = {'cpu': 3000, 'gpu': 60_000}      # what a form may need by its formula before its row is left out
 
@@ -50,30 +50,26 @@ class Mixing(NamedTuple):
   keep: str = 'head'
   chunk: int = 0
   decay: str = 'auto'
+  backend: str = 'xla'
 
   @property
   def label(self) -> str:
     """'elementwise chunk 64'."""
     binding = {'bipolar': 'elementwise', 'hrr': 'convolution'}.get(self.binding, self.binding)
-    parts = (binding, self.transform, self.form, str(self.chunk or ''), '' if self.keep == 'head' else f'{self.keep} keep',
+    form = self.form if self.backend == 'xla' else 'fused'
+    parts = (binding, self.transform, form, str(self.chunk or ''), '' if self.keep == 'head' else f'{self.keep} keep',
              '' if self.decay == 'auto' else self.decay)
     return ' '.join(part for part in parts if part)
 
 
 def mix(way: Mixing, key_BxLxHxK, value_BxLxHxK, query_BxLxGxHxK, address_BxLxHxS, pick_BxLxGxHxS, log_keep):
   """The reads [B, L, G, H, K] of all tokens from an empty state."""
-  transform = resolve_transform(way.binding, way.transform)
   B, _, H, K = key_BxLxHxK.shape
-  if transform == 'folded': key, query = key_BxLxHxK, query_BxLxGxHxK
-  else:
-    scale = spectrum_scale(K, key_BxLxHxK.dtype)
-    key = to_spectrum(key_BxLxHxK, transform) * scale.reshape(1, 1, 1, K)
-    query = to_spectrum(query_BxLxGxHxK, transform) * scale.reshape(1, 1, 1, 1, K)
-  bound = bind(way.binding, key, to_spectrum(value_BxLxHxK, transform))
   state = jnp.zeros((B, H, address_BxLxHxS.shape[-1], K), jnp.float32)
-  _, mixed = slot_mix(state, bound, address_BxLxHxS, pick_BxLxGxHxS, log_keep=log_keep, form=way.form, chunk=way.chunk,
-                      decay=way.decay, floor=-2.5 if way.keep == 'slot' else -20.0)
-  return from_spectrum(unbind(way.binding, query, mixed), transform)
+  transform = resolve_transform(way.binding, way.transform)
+  return holographic_mix(state, (key_BxLxHxK, value_BxLxHxK, query_BxLxGxHxK), address_BxLxHxS, pick_BxLxGxHxS, binding=way.binding,
+                         transform=transform, backend=way.backend, log_keep=log_keep, form=way.form, chunk=way.chunk, decay=way.decay,
+                         floor=-2.5 if way.keep == 'slot' else -20.0)[1]
 
 
 def attend(implementation: str, q_BxLxHxK, k_BxLxHxK, v_BxLxHxK):
@@ -178,10 +174,12 @@ def ways(preset: str, length: int) -> list[Mixing]:
     keeps = [Mixing('bipolar', keep=keep) for keep in ('none', 'static', 'slot')] + [Mixing('bipolar', keep='slot', decay='exact')]
     return [*auto, Mixing('hrr', 'fft'), *others, Mixing('hrr', 'dft', form='associative'), *keeps]
   chosen = automatic(length)
+  fused = [Mixing(*way, backend='pallas') for way in (('bipolar',), ('hrr', 'dft'), ('phasor',))]
+  if preset == 'fused': return fused + [way._replace(chunk=chosen, backend='xla') for way in fused]
   sizes = sorted({64, 128, 256, chosen})
   rows = [Mixing(kind, transform, chunk=size) for kind, transform in (('bipolar', ''), ('hrr', 'dft')) for size in sizes]
   rows += [Mixing('phasor', chunk=chosen), Mixing('hrr', 'fft', chunk=chosen), Mixing('bipolar', keep='slot')]
-  return rows + (slow if length <= 2048 else [])
+  return rows + fused + (slow if length <= 2048 else [])
 
 
 def automatic(length: int) -> int:
@@ -197,9 +195,9 @@ def run_table(preset: str, size: Size, dtype: str, *, passes: list[str], repeats
   for name in passes:
     backward = name == 'both'
     jobs = {way.label: mixing_job(way, size, dtype, backward) for way in rows if fits(way.form, size, dtype)}
-    if size.S != size.K and preset == 'gpu':
-      full = size._replace(S=size.K)
-      jobs |= {f'{way.label} S=K': mixing_job(way, full, dtype, backward) for way in (Mixing('bipolar'), Mixing('phasor'))}
+    if size.S != size.K and preset in ('gpu', 'fused'):
+      full = [Mixing('bipolar'), Mixing('phasor'), Mixing('phasor', backend='pallas')][preset == 'fused':]
+      jobs |= {f'{way.label} S=K': mixing_job(way, size._replace(S=size.K), dtype, backward) for way in full}
     if fits('attention', peer, dtype): jobs['attention'] = attention_job(peer, dtype, backward)
     times = common.time_cases(common.compile_cases(jobs).values(), repeats=repeats, inner=inner)
     reference = times.get('attention', {}).get('ms')
@@ -232,7 +230,17 @@ def targets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
              'value': ratio(row, 'elementwise chunk', **size)} for name, row, goal in goals]
   goals = [('elementwise chunk', 32768, 4.0), ('convolution dft chunk', 32768, 4.0), ('elementwise chunk', 2048, 0.7)]
   return [{'what': f'{what} L={L}, automatic chunk, against cuDNN', 'target': goal,
-           'value': ratio('attention', f'{what} {automatic(L)}', L=L)} for what, L, goal in goals]
+           'value': ratio('attention', f'{what} {automatic(L)}', L=L)} for what, L, goal in goals] + fused_targets(rows)
+
+
+def fused_targets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+  """What the fused kernels promise at 65,536 tokens, 16 x 64, 8 slots: milliseconds allowed over taken, and speed against cuDNN."""
+  taken = {(r['row'], r['L']): r['ms'] for r in rows if r['pass'] == 'both' and r['S'] == 8}
+  over = lambda x, y: x / y if x and y else None
+  out = [{'what': f'{row}: {most} ms over those taken, L={L}', 'target': 1.0, 'value': over(most, taken.get((row, L)))}
+         for row, most in (('elementwise fused', 1.5), ('convolution dft fused', 2.5)) for L in (2048, 8192, 32768)]
+  return out + [{'what': f'{row} L={L}, against cuDNN', 'target': goal, 'value': over(taken.get(('attention', L)), taken.get((row, L)))}
+                for row in ('elementwise fused', 'convolution dft fused') for L, goal in ((2048, 2.0), (32768, 15.0))]
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -244,6 +252,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
   make.add_argument('--repeats', type=int, default=0, help='timed rounds; default 5')
   make.add_argument('--tiny', action='store_true', help='a few rows at toy sizes')
   make.add_argument('--parts', action='store_true', help='whole layers also with one part left out at a time')
+  make.add_argument('--backend', choices=('all', 'pallas'), default='all', help='pallas: fused kernels beside automatic XLA and attention')
   make.add_argument('--no_mixing', action='store_true', help='whole layers only')
   make.add_argument('--no_layers', action='store_true', help='leave the whole layers out')
   a = make.parse_args(argv)
@@ -252,7 +261,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
   tokens = a.tokens or (65536 if gpu else 4096)
   lengths = a.lengths or ([2048, 8192, 32768] if gpu else [256, 4096] if a.small else [256, 2048, 4096, 8192, 32768])
   shape = dict(H=16, K=64, S=8) if gpu else dict(H=1, K=16 if a.tiny else 512, S=8)
-  tables = [('gpu' if gpu else 'tiny' if a.tiny else 'length', Size(max(tokens // L, 1), L, **shape)) for L in lengths]
+  preset = 'fused' if a.backend == 'pallas' else 'gpu' if gpu else 'tiny' if a.tiny else 'length'
+  tables = [(preset, Size(max(tokens // L, 1), L, **shape)) for L in lengths]
   if not gpu and not a.tiny: tables.insert(0, ('small' if a.small else 'forms', Size(4, 1024, **shape)))
   passes, rows = a.passes or (['both'] if gpu or a.small else ['forward', 'both']), []
   for preset, size in [] if a.no_mixing else tables:

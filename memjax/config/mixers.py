@@ -178,6 +178,12 @@ class FormConfig:
   kind: str = option('auto', 'auto = chunk where it is possible', choices=('auto', 'scan', 'associative', 'chunk'))
   chunk: int = option(0, 'tokens a chunk; 0 = automatic', low=0)
   remat: bool = option(True, 'recompute inside the backward pass')
+  backend: str = option('auto', 'fused kernels or XLA; auto = pallas for bfloat16 on a GPU where it applies',
+                        choices=('auto', 'xla', 'pallas'))
+
+  def __post_init__(self):
+    refuse(self.backend == 'pallas' and self.kind not in ('auto', 'chunk'),
+           f"backend='pallas' computes chunks, not kind={self.kind!r}")
 
 
 @mixer('holographic')
@@ -231,6 +237,10 @@ class HolographicConfig:
            'tiers do not go with keep.erase, channel keep or the associative form')
     refuse(bool(self.tiers.kind) and f.chunk > 0 and self.tiers.interval % f.chunk != 0,
            f'tiers.interval={self.tiers.interval} is not a multiple of form.chunk={f.chunk}')
+    fused = (b.kind != 'none' and a.kind not in ('copies', 'scored') and self.reads == 1 and not (k.erase or self.tiers.kind or sequential)
+             and k.form != 'exact')
+    refuse(f.backend == 'pallas' and not fused, "form.backend='pallas' takes one read, a binding, addresses, and neither keep.erase, "
+           "keep.form='exact', channel keep nor tiers; use auto or xla")
     refuse(k.form == 'factored' and (f.chunk or 64) * -k.log_floor > 160,
            f'keep.form=factored needs chunk x |floor| <= 160, not {(f.chunk or 64) * -k.log_floor:g}')
 

@@ -19,6 +19,7 @@ from memjax.memory.monitors import auxiliary_losses, monitors, slot_statistics
 from memjax.memory.tiers import Tiers
 from memjax.ops.binding import from_spectrum, resolve_transform, unbind
 from memjax.ops.delta import delta_write, slot_delta
+from memjax.ops.mixing import holographic_mix, is_fused
 from memjax.ops.recurrence import slot_copies, slot_mix, slot_read, slot_scores, slot_write
 
 FLOW = ('mask_BxL', 'write_mask_BxL', 'reset_BxL')
@@ -106,8 +107,12 @@ class Holographic(Memory):
 
   def _reads(self, mixed, item: Items):
     """Mixed slots [..., G, H, K] (copies: [..., G, H, S, K]) to reads [..., E] in the compute dtype."""
+    return self._signal(self.untied(mixed, item.query))
+
+  def _signal(self, y):
+    """Reads [..., G, H, K] out of the space of the state, [..., E]."""
     b = self.config.binding
-    y = from_spectrum(self.untied(mixed, item.query), resolve_transform(b.kind, b.transform))
+    y = from_spectrum(y, resolve_transform(b.kind, b.transform))
     return y.reshape(*y.shape[:-3], -1)
 
   def step(self, state, inputs, mask_B=None, *, write_mask_B=None, reset_B=None):
@@ -171,25 +176,43 @@ class Holographic(Memory):
   def _mix_items(self, state, inputs, mask_BxL, *, write_mask_BxL, reset_BxL, axis=''):
     items, tail, reset_BxL = self._items(state, inputs, mask_BxL, write_mask_BxL=write_mask_BxL, reset_BxL=reset_BxL, axis=axis)
     pieces = {'axis': axis} if axis else {}
+    flow = dict(mask_BxL=mask_BxL, reset_BxL=reset_BxL, **pieces)
     def run(m, items):
-      m, mixed = self.mixing(m, items, mask_BxL=mask_BxL, reset_BxL=reset_BxL, **pieces)
+      m, mixed = self.mixing(m, items, **flow)
       return m, self._reads(mixed, items)
-    m, y_BxLxE = (jax.checkpoint(run) if self.config.form.remat else run)(state.m_BxHxSxK, items)
+    if self._is_fused(items, axis): m, y_BxLxE = self._fused(state.m_BxHxSxK, items, **flow)
+    else: m, y_BxLxE = (jax.checkpoint(run) if self.config.form.remat else run)(state.m_BxHxSxK, items)
     if mask_BxL is not None: y_BxLxE = jnp.where(mask_BxL[..., None], y_BxLxE, 0)
     return state.replace(m_BxHxSxK=m, tail_BxTxE=tail), y_BxLxE
 
   def mixing(self, m, items: Items, pick=None, **flow):
     """(state, mixed slots) by the op of the configured address kind and erase rule; `pick` replaces that of the items."""
     c = self.config
-    flow = {**flow, 'order': self.order, 'form': self.form, 'chunk': c.form.chunk, 'log_keep': items.log_keep}
+    flow = {**flow, **self._options(items)}
     if c.address.kind == 'copies':
       m, seen = slot_copies(m, items.bound, **flow)
       return m, jnp.broadcast_to(seen[:, :, None], items.query.shape)
-    flow |= {'decay': c.keep.form, 'floor': c.keep.log_floor}
     pick = items.pick if pick is None else pick
     if c.keep.erase == 'slot': return slot_delta(m, items.bound, items.address, pick, beta_BxLxH=items.gate, **flow)
     if pick is None: pick = self._picks(slot_scores(m, items.bound, items.address, self.projections.probe(items.query), **flow))
     return slot_mix(m, items.bound, items.address, pick, **flow)
+
+  def _options(self, items: Items):
+    c = self.config
+    return dict(order=self.order, form=self.form, chunk=c.form.chunk, log_keep=items.log_keep, decay=c.keep.form, floor=c.keep.log_floor)
+
+  def _is_fused(self, items: Items, axis: str) -> bool:
+    c = self.config
+    if c.keep.erase or items.pick is None: return False
+    return is_fused(c.form.backend, items.query, items.address, binding=c.binding.kind, axis=axis, **self._options(items))
+
+  def _fused(self, m, items: Items, **flow):
+    """(state, reads [B, L, E]) by the kernels, which bind and unbind themselves and compute again in the backward pass."""
+    b = self.config.binding
+    value = self.projections.gated_value(items.value, items.gate)
+    m, y = holographic_mix(m, (items.key, value, items.query), items.address, items.pick, binding=b.kind, backend='pallas', **flow,
+                           **self._options(items))
+    return m, self._signal(y)
 
   def _mix_tiers(self, state, inputs, mask_BxL, *, write_mask_BxL, reset_BxL):
     """By intervals where every row stands at one (no holes, no document starting inside); token by token otherwise."""

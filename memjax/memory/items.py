@@ -251,6 +251,11 @@ class Projections(nn.Module):
     else: return bound
     return bound * (gate[..., None, :] if copies else gate).astype(bound.dtype)
 
+  def gated_value(self, value, gate):
+    """The value that a key binds: times its channel gate, where there is one."""
+    if gate is None or self.config.address.gate != 'channel': return value
+    return value * self._spread(gate, value.shape[-1]).astype(value.dtype)
+
   def _gated(self, unit, gate):
     if unit is None or gate is None or self.config.address.gate != 'head' or self.config.keep.erase == 'slot': return unit
     return unit * gate[..., None].astype(unit.dtype)

@@ -75,6 +75,7 @@ HOLOGRAPHIC = [
     ('read.out_gate', 'silu', 'shape', {}),
     ('form.kind', 'scan', 'trace', {}), ('form.kind', 'associative', 'trace', {}), ('form.kind', 'chunk', 'trace', {'form.kind': 'scan'}),
     ('form.chunk', 2, 'trace', {}), ('form.remat', False, 'trace', {}), ('form.remat', False, 'trace', TIERS),
+    ('form.backend', 'pallas', 'trace', {}), ('form.backend', 'xla', 'trace', {'form.backend': 'pallas'}),
 ]
 ATTENTION = [
     ('heads', 4, 'shape', {'head_width': 2}), ('kv_heads', 1, 'shape', {}), ('head_width', 2, 'shape', {}), ('rotary', False, 'output', {}),
