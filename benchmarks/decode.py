@@ -40,7 +40,8 @@ def library_model(row: str, *, width: int, layers: int, dtype: str):
   config = ModelConfig(width=width, hidden=0 if layers > 1 else -1, vocabulary=VOCABULARY, pattern=(), repeats=0, dtype=dtype,
                        mixers={'memory': MIXERS.get(row, AttentionConfig())}, prefix=('memory',) * layers)
   if row in NEURAL:
-    found = neural_models.model_config(NEURAL[row], width=width, layers=1, heads=8, window=512, vocabulary=VOCABULARY, dtype=dtype)
+    found = neural_models.model_config(NEURAL[row], width=width, layers=1, heads=8, window=512, vocabulary=VOCABULARY, dtype=dtype,
+                                       aligned=False)
     config = dataclasses.replace(config, mixers=found.mixers, prefix=found.pattern * layers)
   model = build_decoder(config)
   def step(params, state, token_B, position_B):

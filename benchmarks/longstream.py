@@ -58,7 +58,7 @@ def compare(call, early: Any, late: Any, repeats: int) -> dict[str, float]:
 def run_model(name: str, a: Any) -> dict[str, Any]:
   """The row of one model."""
   config = neural_models.model_config(name, width=a.width, layers=a.layers, heads=a.heads, window=64, vocabulary=VOCABULARY, dtype=a.dtype,
-                                      base=a.base)
+                                      base=a.base, aligned=False)
   model = build_decoder(config)
   params = jax.jit(lambda key: init_params(model, key)[0])(jax.random.key(0))
   read = jax.jit(functools.partial(read_call, model, a.call))

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from memjax.config.mixers import AttentionConfig, HolographicConfig, WindowConfig
-from memjax.config.neural import NeuralConfig, NeuralGatesConfig, NeuralNetConfig, NeuralProjConfig, NeuralRuleConfig
+from memjax.config.neural import NeuralConfig, NeuralExecConfig, NeuralGatesConfig, NeuralNetConfig, NeuralProjConfig, NeuralRuleConfig
 from memjax.config.schema import BlockConfig, EmbeddingConfig, ModelConfig
 
 LAYERS = {                                 # name -> layer; the first sets the number of parameters
@@ -16,10 +16,13 @@ NAMES, MEMORIES = tuple(LAYERS), ('deep', 'exact', 'holographic')
 
 
 def model_config(name: str, *, width: int, layers: int, heads: int, window: int, vocabulary: int, dtype: str, chunk: int = 64,
-                 base: float = 1.0, bias: float = 0.0, lookahead: bool = False, dropout: float = 0.0, hidden: int = 0,
-                 embedding: EmbeddingConfig = EmbeddingConfig()) -> ModelConfig:
-  """One of NAMES; all layers alike. `base` and `bias` set the step size of deep memories, `lookahead` how both neural ones pair tokens."""
-  shared = dict(heads=heads, chunk=chunk, proj=NeuralProjConfig(lookahead=lookahead))
+                 base: float = 1.0, bias: float = 0.0, lookahead: bool = False, aligned: bool = True, dropout: float = 0.0,
+                 hidden: int = 0, embedding: EmbeddingConfig = EmbeddingConfig()) -> ModelConfig:
+  """One of NAMES; all layers alike. `base` and `bias` set the step size of deep memories, `lookahead` how both neural ones pair tokens.
+
+  `aligned`: rows are whole documents or whole chunks of one, so that the form token by token need not be compiled.
+  """
+  shared = dict(heads=heads, chunk=chunk, proj=NeuralProjConfig(lookahead=lookahead), exec=NeuralExecConfig(aligned=aligned))
   every: dict[str, Any] = {
       'near': WindowConfig(heads=heads, window=window), 'full': AttentionConfig(heads=heads), 'holographic': HolographicConfig(heads=heads),
       'deep': NeuralConfig(gates=NeuralGatesConfig(theta_base=base, theta_bias=bias), **shared),
