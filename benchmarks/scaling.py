@@ -9,13 +9,15 @@
 Fake devices share the cores of one machine: their times say nothing about scaling, only that everything runs.
 """
 import argparse
-import concurrent.futures
 import contextlib
 import dataclasses
+import faulthandler
 import functools
 import os
 import re
+import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -106,12 +108,11 @@ class Run:
     whole = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), self.abstract)._replace(params=params)
     return jax.tree.map(lambda x, like: jax.device_put(jnp.asarray(x, like.dtype), like.sharding), whole, self.abstract)
 
-  def compile(self) -> 'Run':
-    """The run with its program."""
+  def compile(self) -> None:
+    """Compiles its program."""
     started = time.perf_counter()
     self.program = self.lowered.compile()
     self.compile_s = time.perf_counter() - started
-    return self
 
   def measure(self) -> dict[str, Any]:
     """Its row: median of the steps after the first two."""
@@ -126,6 +127,18 @@ class Run:
             'loss': float(metrics['loss']), 'temporary_gib': getattr(usage, 'temp_size_in_bytes', 0) / 2 ** 30,
             'compile_s': self.compile_s, 'parameters': int(self.parameters),
             'collectives': {name: len(re.findall(rf'= [^=]*\b{name}(?:-start)?\(', text)) for name in COLLECTIVES}}
+
+
+def measure(job: Job, a: argparse.Namespace, tell: Callable[[str], None]) -> dict[str, Any]:
+  """The row of a job, telling how far it is."""
+  name = f'{job.part} {job.preset} on {job.devices}'
+  run = Run(job, a)
+  tell(f'{name}: traced, {run.parameters / 1e6:.0f}M parameters')
+  run.compile()
+  tell(f'{name}: compiled in {run.compile_s:.1f} s')
+  row = run.measure()
+  tell(f'{name}: {row["ms"]:.1f} ms, {row["tokens_per_second"]:,.0f} tokens/s')
+  return row
 
 
 def compare(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -168,23 +181,20 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
   """The rows, also printed and written as each is there."""
   a = arguments(argv)
+  if not a.small: faulthandler.enable(sys.stdout)
   if a.small and 'JAX_NUM_CPU_DEVICES' not in os.environ:
     with contextlib.suppress(RuntimeError):              # devices exist already: the caller has made them
       jax.config.update('jax_num_cpu_devices', a.devices or 4)
   a.devices = a.devices or (min(4, jax.device_count()) if a.small else jax.device_count())
   started, rows = time.perf_counter(), []
   tell = lambda text: print(f'{time.perf_counter() - started:6.1f} s  {text}', flush=True)
-  made = []
-  for job in jobs(a):
-    made.append(Run(job, a))
-    tell(f'traced {job.part} {job.preset} on {job.devices}, {made[-1].parameters / 1e6:.0f}M parameters')
-  with concurrent.futures.ThreadPoolExecutor(len(made) if common.on_gpu() else 1) as pool:
-    for run in [pool.submit(run.compile) for run in made]:
-      rows.append(run.result().measure())
-      row = rows[-1]
-      tell(f'{row["part"]} {row["preset"]} on {row["devices"]}: {row["ms"]:.1f} ms, {row["tokens_per_second"]:,.0f} tokens/s')
-      common.save('scaling', a.output, {'rows': compare(rows), 'targets': targets(compare(rows)), 'dtype': a.dtype, 'options': vars(a)},
-                  commit=a.commit)
+  for job in jobs(a):                    # one after the other: compiling several programs for several GPUs at once has crashed
+    try: rows.append(measure(job, a, tell))
+    except Exception as error:           # one that fails (too little memory) must not cost the rest
+      tell(f'{job.part} {job.preset} on {job.devices} failed: {type(error).__name__}: {str(error)[:2000]}')
+      continue
+    common.save('scaling', a.output, {'rows': compare(rows), 'targets': targets(compare(rows)), 'dtype': a.dtype, 'options': vars(a)},
+                commit=a.commit)
   rows = compare(rows)
   common.show('Training steps', rows, COLUMNS)
   if not a.small: common.judge(targets(rows))
