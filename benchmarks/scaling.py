@@ -188,7 +188,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
   a.devices = a.devices or (min(4, jax.device_count()) if a.small else jax.device_count())
   started, rows = time.perf_counter(), []
   tell = lambda text: print(f'{time.perf_counter() - started:6.1f} s  {text}', flush=True)
-  for job in jobs(a):                    # one after the other: compiling several programs for several GPUs at once has crashed
+  for job in jobs(a):                    # one after the other: what goes wrong in one is seen, and costs the others nothing
     try: rows.append(measure(job, a, tell))
     except Exception as error:           # one that fails (too little memory) must not cost the rest
       tell(f'{job.part} {job.preset} on {job.devices} failed: {type(error).__name__}: {str(error)[:2000]}')
