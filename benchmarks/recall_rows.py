@@ -96,9 +96,9 @@ def neural_exact(heads: int = 8) -> Make:
 
 def neural_deep(heads: int = 4, *, base: float = 1.0, bias: float = 0.0, chunk: int = 16, lookahead: bool = False) -> Make:
   """The neural memory as a network of two layers a head, gradients at the start of each chunk, reads after every token."""
-  return lambda width: NeuralConfig(heads=heads, chunk=chunk, net=NeuralNetConfig(expansion=2), exec=NeuralExecConfig(group=-1, aligned=True),
-                                    proj=NeuralProjConfig(lookahead=lookahead),
-                                    gates=NeuralGatesConfig(theta_base=base, theta_bias=bias))
+  return lambda width: NeuralConfig(heads=heads, chunk=chunk, net=NeuralNetConfig(expansion=2), proj=NeuralProjConfig(lookahead=lookahead),
+                                    gates=NeuralGatesConfig(theta_base=base, theta_bias=bias),
+                                    exec=NeuralExecConfig(group=-1, aligned=True))
 
 
 EQUAL = {                                  # width 64: 512 floats of state a layer
