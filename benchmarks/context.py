@@ -170,8 +170,8 @@ def inputs_of(layer: Layer, length: int, begin: int = 0) -> tuple[jax.Array, jax
   return jax.random.normal(jax.random.key(1), (1, length, layer.width), layer.dtype), begin + jnp.arange(length)[None]
 
 
-def run_pieces(layer: Layer, case: common.Case, lengths: list[int], *, piece: int, patience: float) -> Iterator[tuple[int, float]]:
-  """(tokens, seconds since the first) at each length, while the next one is due within patience. A first call warms up."""
+def run_pieces(layer: Layer, case: common.Case, lengths: list[int], *, piece: int, patience: float) -> Iterator[tuple[int, float, str]]:
+  """(tokens, seconds since the first, '') at each length, while the next one is due within patience. A first call warms up."""
   params, (x, position), empty = jax.jit(layer.init)(), inputs_of(layer, piece), lambda: layer.memory.init_state(1)
   prepared, positions = jax.jit(layer.prepare)(params), [jnp.int32(begin) + position for begin in range(0, max(lengths), piece)]
   jax.block_until_ready(case.call(params, x, position, empty(), prepared))
@@ -182,24 +182,27 @@ def run_pieces(layer: Layer, case: common.Case, lengths: list[int], *, piece: in
     if tokens not in lengths: continue
     jax.block_until_ready((y, state))
     seconds = time.perf_counter() - started
-    yield tokens, seconds
+    yield tokens, seconds, ''
     if seconds * following.get(tokens, tokens) / tokens > patience: return
 
 
-def run_whole(layer: Layer, cases: dict[int, common.Case], *, patience: float) -> Iterator[tuple[int, float | None]]:
-  """(tokens, seconds of one call) from the shortest on; None where it does not fit. Ends where the next would outlast patience."""
-  params, last = jax.jit(layer.init)(), (0, 0.0)
+def run_whole(layer: Layer, cases: dict[int, common.Case], *, patience: float) -> Iterator[tuple[int, float | None, str]]:
+  """(tokens, seconds of one call, '') from the shortest on; (tokens, None, why) for what does not fit or would outlast patience."""
+  params, last, why = jax.jit(layer.init)(), (0, 0.0), ''
+  room = (jax.devices()[0].memory_stats() or {}).get('bytes_limit', float('inf'))
   for tokens, case in sorted(cases.items()):
-    if last[0] and 2 * last[1] * (tokens / last[0]) ** (2 if layer.config.kind == FULL else 1) > patience: return
+    due = last[1] * (tokens / max(last[0], 1)) ** (2 if layer.config.kind == FULL else 1)
+    if 2 * due > patience: why = why or 'too slow'
+    if case.temporary_mib * common.MEBI + 3 * tokens * layer.width * layer.dtype.itemsize > room: why = why or 'does not fit'
     try:
-      arguments = (params, *inputs_of(layer, tokens))
-      timed(case.call, *arguments)
-      last = tokens, min(timed(case.call, *arguments) for _ in range(3 if last[1] < 0.5 else 1))
+      if not why:
+        arguments = (params, *inputs_of(layer, tokens))
+        timed(case.call, *arguments)
+        last = tokens, min(timed(case.call, *arguments) for _ in range(3 if due < 1 else 1))
     except jax.errors.JaxRuntimeError as error:
       if 'RESOURCE_EXHAUSTED' not in str(error): raise
-      yield tokens, None
-      return
-    yield last
+      why = 'does not fit'
+    yield (tokens, None, why) if why else (*last, '')
 
 
 def measure(layers: dict[str, Layer], cases: dict[tuple, common.Case], a: Any) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -211,10 +214,10 @@ def measure(layers: dict[str, Layer], cases: dict[tuple, common.Case], a: Any) -
       pieces = part == 'read' and name != FULL
       timed_lengths = run_pieces(layer, mine[a.piece], a.lengths, piece=a.piece, patience=a.patience) if pieces else \
           run_whole(layer, mine, patience=a.patience)
-      for tokens, seconds in timed_lengths:
+      for tokens, seconds, why in timed_lengths:
         case = mine[a.piece if pieces else tokens]
         held = nbytes(layer.state(0)) if name != FULL else 2 * tokens * layer.width * layer.dtype.itemsize
-        yield part, {'memory': name, 'tokens': tokens, 'seconds': seconds, 'tokens_per_second': seconds and tokens / seconds,
+        yield part, {'memory': name, 'tokens': tokens, 'seconds': seconds, 'why': why, 'tokens_per_second': seconds and tokens / seconds,
                      'piece': a.piece if pieces else tokens, 'temporary_mib': case.temporary_mib, 'compile_s': case.compile_s,
                      'state_bytes': held}
 
@@ -233,7 +236,7 @@ def options(argv: list[str] | None) -> Any:
   a = make.parse_args(argv)
   large = common.on_gpu() and not a.small
   a.lengths = a.lengths or ([16_384 * 4 ** n for n in range(4)] if large else [1024, 4096, 16_384])
-  a.train_lengths = a.train_lengths or ([4096, 65_536, 262_144] if large else [512, 2048])
+  a.train_lengths = a.train_lengths or ([4096, 65_536, 262_144, 1_048_576] if large else [512, 2048])
   a.piece, a.width = a.piece or (16_384 if large else 512), a.width or (1024 if large else 256)
   a.dtype = 'bfloat16' if common.on_gpu() else 'float32'
   return a
@@ -247,7 +250,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     result[part].append(row)
     common.save('context', a.output, result, commit=a.commit)
     values = {key: value for key, value in row.items() if key not in ('memory', 'tokens')}
-    print(f'{part} {row["memory"]} {row["tokens"]:,}: ' + ', '.join(f'{key} {value:.4g}' if value else f'{key} {value}'
+    print(f'{part} {row["memory"]} {row["tokens"]:,}: ' + ', '.join(f'{key} {value:.4g}' if isinstance(value, float) else f'{key} {value}'
                                                                     for key, value in values.items()), flush=True)
   chosen = lambda width: {name: mixer for name, mixer in mixers(width // 64).items() if not a.rows or name in a.rows}
   if 'predicted' in a.parts:

@@ -29,7 +29,7 @@ def context(result: dict[str, Any], table, cell) -> list[str]:
     lines += [f'{title}, width {result["width"]:,}, {result["dtype"]}:']
     lines += table(result[part], {
         'memory': 'memory', 'tokens': 'tokens', 'tokens a call': 'piece' if part == 'read' else lambda row: None,
-        'seconds': lambda row: cell(row['seconds']) if row['seconds'] else 'does not fit', 'tokens/s': 'tokens_per_second',
+        'seconds': lambda row: cell(row['seconds']) if row['seconds'] else row['why'], 'tokens/s': 'tokens_per_second',
         'temporary MiB': 'temporary_mib', 'state bytes': 'state_bytes' if part == 'read' else lambda row: None})
   return lines
 

@@ -129,7 +129,7 @@ def test_section_of_the_page():
          'state_bytes': 4096}
   predicted = {'memory': 'window', 'tokens': 1024, 'read_flops': 2e6, 'train_flops': 6e6, 'step_flops': 3e6, 'state_bytes': 4096}
   result = {'predicted': [predicted], 'predicted_width': 1024, 'width': 256, 'dtype': 'float32', 'read': [row],
-            'train': [row | {'seconds': None, 'tokens_per_second': None}]}
+            'train': [row | {'seconds': None, 'why': 'does not fit', 'tokens_per_second': None}]}
   lines = report_context.context(result, report.table, report.cell)
   assert '| window | 2.00 |' in lines and '| window | 4.00 |' in lines
   assert '| window | 1,024 | 512 | 0.500 | 2,050 | 7.00 | 4,096 |' in lines and '| window | 1,024 | does not fit | 7.00 |' in lines
