@@ -78,7 +78,7 @@ def outcome(code):
 
 
 def wait(children):
-  """The status of the job: 0, 75 if all saved, or that of the first process that failed, the others being ended."""
+  """The status of the job: 0, 75 if all saved, or at once that of the first process that failed."""
   saved = 0.0
   while True:
     codes = [child.poll() for child in children]
@@ -86,13 +86,11 @@ def wait(children):
       if code in (None, 0, SAVED): continue
       status, how = outcome(code)
       say(f'process {rank} {how}; ended the others')
-      end(children)
       return status
     if None not in codes: return SAVED if SAVED in codes else 0
     if SAVED in codes: saved = saved or time.monotonic()
     if saved and time.monotonic() - saved > GRACE:
       say(f'process {codes.index(None)} did not end after the others had saved; ended it')
-      end(children)
       return SAVED
     time.sleep(0.05)
 
