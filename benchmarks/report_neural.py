@@ -131,11 +131,12 @@ def needle_h200(result, _):
   return (f'At four times the length of training, mean of the three kinds: {", ".join(f"{name} {right(name, 4)}" for name in names)}. '
           f'The target (.9 for MAC) is missed, and MAC itself learned nothing in this run ({right("MAC", 1)} at the length of training): '
           'it was trained at the rate of the other memories, at which attention did not learn in a pilot either, and its memory sees the '
-          f'text through attention alone. The linear memory holds best, {right("window + linear exact", 64)} at 64 times the length, beside '
-          f'{right("LMM", 64)} for LMM, though it finds fewer four-digit values among repeated sentences. Without learning at test time '
-          'nothing is found beyond chance. Attention and the holographic memory were trained at a third of that rate, the best of three '
-          'for attention in the pilot; the pilot ran the linear memory and attention alone, and 800 steps are few for attention. The '
-          'process of MAL was stopped before it saved: its row is read from what it had printed, without seeds. The models shared two '
+          'text through attention alone. The linear memory holds best: at 64 times the length it has '
+          f'{right("window + linear exact", 64)}, LMM {right("LMM", 64)}; but it finds fewer four-digit values among repeated sentences. '
+          'Without learning at test time nothing is found beyond chance. Attention and the holographic memory were trained at a third of '
+          'that rate, the best of three for attention in the pilot; the pilot ran the linear memory and attention alone, and 800 steps '
+          'are few for attention. The process of MAL was stopped before it saved: its row is read from what it had printed, without '
+          'seeds. The models shared two '
           'cards, so times mean nothing.')
 
 
