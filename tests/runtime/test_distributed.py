@@ -100,7 +100,8 @@ def test_the_first_failure_ends_the_others(local, capsys):
   assert told.err.splitlines()[-1] == 'launch: process 1 failed with status 3; ended the others'
   assert local.run([(python('import os; os.kill(os.getpid(), 9)'), {})]) == 128 + signal.SIGKILL
   assert 'process 0 was ended by SIGKILL' in capsys.readouterr().err
-  assert local.run([(python('raise SystemExit(75)'), {}), (python('import os, time; time.sleep(.5); print(os.environ["A"])'), {'A': 'b'})]) == 75
+  late = 'import os, time; time.sleep(.5); print(os.environ["A"])'
+  assert local.run([(python('raise SystemExit(75)'), {}), (python(late), {'A': 'b'})]) == 75
   assert capsys.readouterr().out == '[1] b\n'
 
 

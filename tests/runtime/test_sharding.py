@@ -1,19 +1,24 @@
 """Meshes, axis rules, and the batch over devices."""
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from memjax.config.banks import BankConfig, BankFormConfig, BankShapeConfig
 from memjax.config.errors import UserError
-from memjax.config.schema import MeshConfig, TrainingConfig
+from memjax.config.mixers import AttentionConfig
+from memjax.config.schema import Config, MeshConfig, ModelConfig, TrainingConfig
+from memjax.layers.axes import constrain
 from memjax.runtime import sharding
 
 
 @pytest.mark.parametrize('config, shape', [
     (MeshConfig(), (8, 1, 1, 1)), (MeshConfig(fsdp=2, model=2), (2, 2, 2, 1)), (MeshConfig(data=1, model=4), (1, 1, 4, 1)),
-    (MeshConfig(preset='dp'), (8, 1, 1, 1)), (MeshConfig(preset='fsdp', data=2), (2, 4, 1, 1)), (MeshConfig(preset='fsdp_tp'), (1, 4, 2, 1)),
-    (MeshConfig(preset='bank_parallel'), (1, 8, 1, 1)), (MeshConfig(preset='sequence_parallel', data=2), (2, 1, 1, 4))])
+    (MeshConfig(preset='dp'), (8, 1, 1, 1)), (MeshConfig(preset='fsdp', data=2), (2, 4, 1, 1)),
+    (MeshConfig(preset='fsdp_tp'), (1, 4, 2, 1)), (MeshConfig(preset='bank_parallel'), (1, 8, 1, 1)), (MeshConfig(preset='sequence_parallel', data=2), (2, 1, 1, 4))])
 def test_mesh_shapes(config, shape):
   assert tuple(sharding.make_mesh(config).shape.values()) == shape
 
@@ -33,9 +38,9 @@ def test_batch_must_split_over_the_rows_of_the_mesh():
 def test_rows_must_split_into_pieces():
   mesh = sharding.make_mesh(MeshConfig(preset='sequence_parallel'))
   sharding.check_batch(mesh, TrainingConfig(length=64))
-  with pytest.raises(UserError, match='training.length=65 does not split over mesh.sequence=8'):
+  with pytest.raises(UserError, match=r'training\.length=65 does not split over mesh\.sequence=8'):
     sharding.check_batch(mesh, TrainingConfig(length=65))
-  with pytest.raises(UserError, match='training.bptt=4 does not split'): sharding.check_batch(mesh, TrainingConfig(length=64, bptt=4))
+  with pytest.raises(UserError, match=r'training\.bptt=4 does not split'): sharding.check_batch(mesh, TrainingConfig(length=64, bptt=4))
 
 
 def test_axes_that_do_not_divide_are_replicated():
@@ -67,3 +72,22 @@ def test_put_batch_keeps_the_rows_and_replicates_odd_ones():
   put = sharding.put_batch(batch, mesh)
   np.testing.assert_array_equal(put['token'], batch['token'])
   assert put['odd'].sharding.is_fully_replicated and not put['token'].sharding.is_fully_replicated
+
+
+def test_activations_stay_where_their_rows_and_tokens_are():
+  x = jnp.zeros((4, 6, 2))
+  place = lambda x: constrain(x, ('batch', 'tokens', None))
+  assert 'sharding_constraint' not in str(jax.make_jaxpr(place)(x))                  # no mesh is in force
+  with jax.set_mesh(sharding.make_mesh(MeshConfig(data=1))): assert 'sharding_constraint' not in str(jax.make_jaxpr(place)(x))
+  mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, sequence=2))
+  with jax.set_mesh(mesh): assert jax.jit(place)(x).sharding.spec == P(('data', 'fsdp'), 'sequence')
+
+
+def test_bank_parallel_splits_the_chapters_that_have_no_axis():
+  bank = BankConfig(shape=BankShapeConfig(entries=16, chapters=8))
+  own = dataclasses.replace(bank, form=BankFormConfig(axis='model'))
+  mixers = {'some': bank, 'own': own, 'flat': BankConfig(shape=BankShapeConfig(entries=16)), 'attention': AttentionConfig()}
+  config = Config(model=ModelConfig(mixers=mixers), mesh=MeshConfig(preset='bank_parallel'))
+  placed = sharding.placed(config).mixers
+  assert placed == {**mixers, 'some': dataclasses.replace(bank, form=BankFormConfig(axis='fsdp'))}
+  assert sharding.placed(dataclasses.replace(config, mesh=MeshConfig(preset='fsdp'))).mixers == mixers
