@@ -18,7 +18,8 @@ from memjax.runtime import sharding
 @pytest.mark.parametrize('config, shape', [
     (MeshConfig(), (8, 1, 1, 1)), (MeshConfig(fsdp=2, model=2), (2, 2, 2, 1)), (MeshConfig(data=1, model=4), (1, 1, 4, 1)),
     (MeshConfig(preset='dp'), (8, 1, 1, 1)), (MeshConfig(preset='fsdp', data=2), (2, 4, 1, 1)),
-    (MeshConfig(preset='fsdp_tp'), (1, 4, 2, 1)), (MeshConfig(preset='bank_parallel'), (1, 8, 1, 1)), (MeshConfig(preset='sequence_parallel', data=2), (2, 1, 1, 4))])
+    (MeshConfig(preset='fsdp_tp'), (1, 4, 2, 1)), (MeshConfig(preset='bank_parallel'), (1, 8, 1, 1)),
+    (MeshConfig(preset='sequence_parallel', data=2), (2, 1, 1, 4))])
 def test_mesh_shapes(config, shape):
   assert tuple(sharding.make_mesh(config).shape.values()) == shape
 
