@@ -9,7 +9,7 @@ import pytest
 
 from memjax import doctor as command
 from memjax.config.flags import call
-from memjax.runtime import doctor
+from memjax.runtime import distributed, doctor
 
 TESTS = ('training step', 'saving', 'inspecting', 'restoring', 'decoding')
 WORKING = {'devices': [{'platform': 'gpu', 'kind': 'Some GPU', 'id': 0, 'memory_bytes': 2 ** 31}],
@@ -61,6 +61,7 @@ def test_packages_that_stand_in_the_way(ask, packages, name, version, said, reme
 
 
 def test_variables_of_processes(ask, monkeypatch):
+  assert doctor.PROCESSES == distributed.VARIABLES
   monkeypatch.setenv('MEMJAX_COORDINATOR', 'host:1234')
   status, out = ask()
   assert status == 2 and 'MEMJAX_COORDINATOR without MEMJAX_NUM_PROCESSES, MEMJAX_PROCESS_ID' in out

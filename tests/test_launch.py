@@ -60,6 +60,54 @@ def test_slurm_queues_what_is_saved_and_not_finished(tmp_path, status, queued):
   assert [call.split() for call in calls[2:]] == ([['scontrol', 'requeue', '42']] if queued else [])
 
 
+SRUN = f'#!{sys.executable}\n' + '''
+"""Two tasks with the variables of Slurm; with STOP_AFTER=step they are told to stop once that step is logged."""
+import json, os, signal, subprocess, sys, time
+
+def variables(rank):
+  return {'SLURM_JOB_ID': str(os.getpid()), 'SLURM_NTASKS': '2', 'SLURM_PROCID': str(rank), 'SLURM_LOCALID': str(rank),
+          'SLURM_STEP_NODELIST': 'localhost', 'SLURM_STEP_NUM_NODES': '1'}
+
+def steps(path):
+  return [json.loads(line)['step'] for line in open(path)] if os.path.exists(path) else []
+
+tasks = [subprocess.Popen(sys.argv[2:], env=os.environ | variables(rank)) for rank in (0, 1)]
+told = int(os.environ.get('STOP_AFTER', '0'))
+while any(task.poll() is None for task in tasks):
+  if told and max(steps(os.environ['METRICS']), default=0) >= told:
+    for task in tasks: task.send_signal(signal.SIGTERM)
+    told = 0
+  time.sleep(0.05)
+sys.exit(max(task.returncode for task in tasks))
+'''
+
+
+@pytest.mark.slow
+def test_slurm_trains_in_two_tasks_is_stopped_and_goes_on(tmp_path):
+  """The script with a stand-in for srun: jax finds the other task by Slurm's variables; the second turn resumes where the first saved."""
+  from tests.runtime.conftest import CONFIG, write_text
+  environment = stand_in(tmp_path, 'scontrol')
+  (tmp_path / 'srun').write_text(SRUN)
+  (tmp_path / 'srun').chmod(0o755)
+  (tmp_path / 'text').mkdir()
+  words = ['--config', f'{CONFIG}:{write_text(tmp_path / "text")}', '--workdir', f'{tmp_path}/run', '--nofigures', '--config.mesh.data=2',
+           '--config.training.steps=400', '--config.training.log_every=1', '--config.evaluation.every=400', '--config.checkpoint.every=400']
+  environment |= {name: value for name, value in os.environ.items() if name.startswith('JAX_')} | {
+    'PATH': f'{tmp_path}:{os.environ["PATH"]}', 'PYTHON': sys.executable, 'SLURM_JOB_ID': '42', 'JAX_NUM_CPU_DEVICES': '1',
+    'METRICS': f'{tmp_path}/run/metrics.jsonl'}
+  def turn(**more):
+    return subprocess.run(['bash', str(LAUNCH / 'slurm.sbatch'), *words], env=environment | more, cwd=ROOT, capture_output=True, text=True,
+                          check=False)
+  first = turn(STOP_AFTER='3')
+  assert first.returncode == 75, first.stderr[-2000:]
+  assert Path(environment['LOG']).read_text().split()[1:] == ['requeue', '42'] and '2 processes, 2 devices' in first.stderr
+  [saved] = [int(path.name) for path in (tmp_path / 'run' / 'checkpoints').iterdir()]
+  assert 3 <= saved < 400
+  words[[word.partition('=')[0] for word in words].index('--config.training.steps')] = f'--config.training.steps={saved + 4}'
+  second = turn()
+  assert second.returncode == 0 and f'at step {saved}' in second.stderr, second.stderr[-2000:]
+
+
 def test_tpu_vm():
   place = ['--name', 'pod', '--zone', 'us-x', '--dry-run']
   [ssh] = dry('tpu_vm.sh', 'train', *place, '--project', 'p', *WORDS)
