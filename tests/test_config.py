@@ -205,7 +205,10 @@ def rules(module):
       yield node.lineno, ''.join(re.escape(part.value) if isinstance(part, ast.Constant) else '.*' for part in parts)
 
 
-@pytest.mark.parametrize('module', [attention, chat, lora, mesh, mixers, quant, schema], ids=lambda module: module.__name__.rpartition('.')[2])
+MODULES = [attention, chat, lora, mesh, mixers, quant, schema]
+
+
+@pytest.mark.parametrize('module', MODULES, ids=lambda module: module.__name__.rpartition('.')[2])
 def test_every_rule_has_a_case(module, base):
   messages = [refusal(overrides, base) for overrides, _ in REFUSED]
   for build, says in DIRECT:
