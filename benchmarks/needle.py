@@ -9,12 +9,13 @@ counts when all its tokens are the most probable ones, each given those before i
 
 Training rows of `number` hold four needles, and all needles are asked for; otherwise training and test differ in length alone.
 Rows longer than those of training are read in parts with the state carried; full attention keeps all keys and values. Each
-memory that learns at test time is also tested frozen (nothing is written) and off (what it reads is replaced by zeros). All seeds
+memory that learns at test time is also tested frozen (step sizes of zero) and off (what it reads is replaced by zeros). All seeds
 and rates of a model train at once; validation rows of the training length choose the rate.
 
-  python -m benchmarks.needle --small                       two CPU cores, some minutes a model
-  python -m benchmarks.needle --models "MAC;MAG" --name a   one process of several that share a GPU; the report joins their files
+  python -m benchmarks.needle --small                       two CPU cores, three models, some minutes each
+  python -m benchmarks.needle --models "MAC;MAG" --name a   one process of several that share a GPU; see benchmarks.join
 """
+import argparse
 import functools
 import time
 from typing import Any, NamedTuple
@@ -206,20 +207,22 @@ def arguments(argv):
   make.add_argument('--models', type=lambda text: text.split(';'), default=list(neural_models.NAMES),
                     help=f'separated by ;, some of {"; ".join(neural_models.NAMES)}')
   make.add_argument('--name', default='', help='of this process, for its file')
-  make.add_argument('--lengths', type=common.numbers, default=[], help='of test rows, multiples of --length; default 1 to 32 times it')
+  make.add_argument('--lengths', type=common.numbers, default=[], help='of test rows, multiples of --length; default 1 to 64 times it')
   make.add_argument('--seeds', type=common.numbers, default=[0, 1, 2])
-  make.add_argument('--rates', type=common.rates, default=(2e-3,), help='peak learning rates; validation chooses')
-  sizes = dict(width=128, layers=2, heads=4, window=64, chunk=64, length=512, batch=48, steps=1000, per_call=100, eval_batch=48, batches=2)
+  make.add_argument('--rates', type=common.rates, default=(3e-3,), help='peak learning rates; validation chooses')
+  sizes = dict(width=128, layers=2, heads=4, window=64, chunk=64, length=256, batch=32, steps=800, per_call=100, eval_batch=48, batches=2)
   for option, default in sizes.items(): make.add_argument(f'--{option}', type=int, default=default)
-  make.add_argument('--base', type=float, default=1.0, help='gates.theta_base of deep memories')
-  make.add_argument('--bias', type=float, default=0.0, help='gates.theta_bias of deep memories')
-  make.add_argument('--lookahead', action='store_true', help='neural memories store the value of a token under the key of the one before')
+  make.add_argument('--base', type=float, default=16.0, help='gates.theta_base of deep memories')
+  make.add_argument('--bias', type=float, default=-3.0, help='gates.theta_bias of deep memories')
+  make.add_argument('--lookahead', action=argparse.BooleanOptionalAction, default=True,
+                    help='neural memories store the value of a token under the key of the one before')
   make.add_argument('--dtype', default='', choices=('', 'float32', 'bfloat16'), help='of compute; default bfloat16 on a GPU')
   a = make.parse_args(argv)
   if a.small:                                    # other defaults; what the command line names still counts
-    make.set_defaults(width=64, heads=2, window=16, chunk=16, length=128, batch=24, steps=600, seeds=[0], eval_batch=24)
+    make.set_defaults(width=64, heads=2, layers=1, window=16, chunk=16, length=128, batch=24, steps=400, seeds=[0], eval_batch=24,
+                      models=['LMM', 'window + linear exact', 'window'])
     a = make.parse_args(argv)
-  a.lengths = a.lengths or [a.length * times for times in (1, 2, 4, 8, 16, 32)]
+  a.lengths = a.lengths or [a.length * times for times in (1, 2, 4, 8, 16, 32, 64)]
   if any(length % a.length for length in a.lengths): make.error(f'--lengths must be multiples of --length {a.length}')
   a.dtype = a.dtype or ('bfloat16' if common.on_gpu() else 'float32')
   a.steps = max(a.steps // a.per_call, 1) * a.per_call
