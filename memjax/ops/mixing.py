@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from memjax.config.errors import UserError
 from memjax.ops.binding import bind, from_spectrum, inverse, resolve_transform, spectrum_scale, to_spectrum, unbind
 from memjax.ops.chunked import EXPONENT
-from memjax.ops.pallas_mixing import pallas_mix
+from memjax.ops.pallas_mixing import choose_chunk, pallas_mix
 from memjax.ops.recurrence import clean, slot_mix
 
 BACKENDS = ('auto', 'xla', 'pallas')
@@ -41,9 +41,10 @@ def is_fused(backend: str, query_BxLxGxHxK, address_BxLxHxS, **options) -> bool:
   return backend == 'pallas' or (not reason and jax.default_backend() == 'gpu' and query_BxLxGxHxK.dtype == jnp.bfloat16)
 
 
-def kernel_chunk(chunk: int, *, is_slot: bool, floor: float) -> int:
-  """Tokens a chunk in the kernels: `chunk`, or 64, shortened until decay of keeps per slot can be factored above `floor`."""
-  size = chunk or 64
+def kernel_chunk(slots: int, width: int, *, log_keep=None, chunk: int = 0, floor: float = -20.0, **_) -> int:
+  """Tokens a chunk in the kernels: `chunk`, or the fastest, shortened until decay of keeps per slot can be factored above `floor`."""
+  size = chunk or choose_chunk(slots, width)
+  is_slot = log_keep is not None and log_keep.shape[-1] > 1
   while not chunk and is_slot and size > MATRIX and size * -floor > EXPONENT: size //= 2
   return size
 
@@ -53,7 +54,7 @@ def obstacle(query_shape: tuple[int, ...], slots: int, *, binding: str, transfor
   """Why the kernels cannot compute this mixing, or ''."""
   groups, width, mesh = query_shape[2], query_shape[4], jax.sharding.get_abstract_mesh()
   is_slot = log_keep is not None and log_keep.shape[-1] > 1
-  size = kernel_chunk(chunk, is_slot=is_slot, floor=floor)
+  size = kernel_chunk(slots, width, log_keep=log_keep, chunk=chunk, floor=floor)
   block = width // (1 if binding in ('bipolar', 'hlb') else 2)
   power = lambda n: n & (n - 1) == 0
   reasons = {
@@ -69,10 +70,10 @@ def obstacle(query_shape: tuple[int, ...], slots: int, *, binding: str, transfor
   return next((text for text, holds in reasons.items() if holds), '')
 
 
-def _fused(state, vectors, slots, how, *, log_keep=None, order='after', reset_BxL=None, mask_BxL=None, chunk=0, floor=-20.0, **_):
+def _fused(state, vectors, slots, how, *, log_keep=None, order='after', reset_BxL=None, mask_BxL=None, **options):
   (key, value, query), (binding, transform) = vectors, how
   if binding == 'hlb': query = inverse('hlb', query)               # unbinding is a product with it
-  size = kernel_chunk(chunk, is_slot=log_keep is not None and log_keep.shape[-1] > 1, floor=floor)
+  size = kernel_chunk(slots[0].shape[-1], value.shape[-1], log_keep=log_keep, **options)
   value, address, pick, log_keep, reset = clean(value, *slots, log_keep=log_keep, reset_BxL=reset_BxL, mask_BxL=mask_BxL)
   only = lambda x: x if mask_BxL is None else jnp.where(mask_BxL[:, :, None, None], x, jnp.zeros((), x.dtype))
   state = state.astype(jnp.promote_types(jnp.float32, state.dtype))

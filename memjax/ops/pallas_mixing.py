@@ -20,15 +20,24 @@ from memjax.ops.carry import carry
 from memjax.ops.chunked import Chunks
 from memjax.ops.pallas_chunk import Plan
 
-PROGRAMS = 512                         # of a launch, that fill the card
-
 
 class Launch(NamedTuple):
-  """(warps, stages of the loop's loads) of each kernel."""
-  write_kernel: tuple[int, int] = (4, 2)
-  read_kernel: tuple[int, int] = (4, 2)
-  read_back_kernel: tuple[int, int] = (4, 1)
-  write_back_kernel: tuple[int, int] = (4, 1)
+  """(warps, stages of the loop's loads) of each kernel, and the programs that fill a card."""
+  write_kernel: tuple[int, int]
+  read_kernel: tuple[int, int]
+  read_back_kernel: tuple[int, int]
+  write_back_kernel: tuple[int, int]
+  programs: int
+
+
+# Measured on an H200 (docs/performance.md): few slots go fastest through chunks of 16 tokens in one warp, without a barrier and with
+# eight programs a multiprocessor; states of more slots cost too much a chunk for that.
+SMALL, LARGE = Launch((1, 1), (1, 2), (1, 1), (1, 2), 2048), Launch((4, 2), (4, 2), (4, 1), (4, 1), 512)
+
+
+def choose_chunk(slots: int, width: int) -> int:
+  """Tokens a chunk that are fastest for so many slots and channels."""
+  return 16 if slots <= 16 and width <= 64 else 64
 
 
 def _halves(width):
@@ -141,10 +150,10 @@ def _mix_backward(static, kept, cotangents):
 _mix.defvjp(_mix_forward, _mix_backward)
 
 
-def _chunks_a_segment(programs, chunks):
-  """Chunks of a program: as many as leave `PROGRAMS` of them; a power of two."""
+def _chunks_a_segment(rows, chunks, programs):
+  """Chunks of a program: as many as leave enough programs; a power of two."""
   size = 1
-  while size < chunks and programs * -(-chunks // (2 * size)) >= PROGRAMS: size *= 2
+  while size < chunks and rows * -(-chunks // (2 * size)) >= programs: size *= 2
   return size
 
 
@@ -155,7 +164,7 @@ def _fixed(plan, reset_BxL, basis):
 
 
 def pallas_mix(state_BxHxSxK, vectors, address_BxLxHxS, pick_BxLxHxS, *, binding: str, transform: str = '', log_keep=None,
-               order: str = 'after', reset_BxL=None, chunk: int = 64, segment: int = 0, launch: Launch | None = None):
+               order: str = 'after', reset_BxL=None, chunk: int = 0, segment: int = 0, launch: Launch | None = None):
   """(final state, reads [B, L, H, K]): unbind(query, slot_mix(bind(key, value))) for `vectors` (key, value, query), each [B, L, H, K].
 
   With transform dft the vectors and reads of hrr and unitary are in the time domain, else in the packed spectrum; the state always
@@ -163,9 +172,11 @@ def pallas_mix(state_BxHxSxK, vectors, address_BxLxHxS, pick_BxLxHxS, *, binding
   """
   B, L, H, K = vectors[0].shape
   S, dtype = address_BxLxHxS.shape[-1], vectors[1].dtype
-  chunks = -(-L // chunk)
-  plan = Plan(chunk, segment or _chunks_a_segment(B * H, chunks), S, 1 + (binding in (*PACKED, 'phasor')), binding in PACKED,
-              '' if log_keep is None else 'head' if log_keep.shape[-1] == 1 else 'slot', order == 'before', transform == 'dft')
+  chunk = chunk or choose_chunk(S, K)
+  launch = launch or (SMALL if chunk <= 16 else LARGE)
+  segment = segment or _chunks_a_segment(B * H, -(-L // chunk), launch.programs)
+  keep = '' if log_keep is None else 'head' if log_keep.shape[-1] == 1 else 'slot'
+  plan = Plan(chunk, segment, S, 1 + (binding in (*PACKED, 'phasor')), binding in PACKED, keep, order == 'before', transform == 'dft')
   tokens: dict[str, Any] = dict(zip(('key', 'value', 'query'), (x.astype(dtype) for x in vectors), strict=True))
   tokens |= {'address': address_BxLxHxS, 'pick': pick_BxLxHxS}
   if log_keep is not None:
@@ -178,5 +189,5 @@ def pallas_mix(state_BxHxSxK, vectors, address_BxLxHxS, pick_BxLxHxS, *, binding
   fixed = _fixed(plan, None if reset_BxL is None else pad(reset_BxL), _basis(binding, transform, K, dtype))
   channels = _halves(K) if plan.has_real else np.arange(K)
   state = jnp.pad(state_BxHxSxK[..., channels], ((0, 0), (0, 0), (0, plan.padded - S), (0, 0)))
-  final, y = _mix((plan, launch or Launch()), state, tokens, fixed)
+  final, y = _mix((plan, launch), state, tokens, fixed)
   return final[:, :, :S, np.argsort(channels)], y[:, :L]

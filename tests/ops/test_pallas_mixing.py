@@ -68,8 +68,7 @@ def run(vectors, arguments, options, *, backends=('xla', 'pallas'), compiled=qui
 @pytest.mark.parametrize('name', [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CASES])
 def test_kernels_equal_the_loop(name, monkeypatch):
   """Outputs, final state and all gradients, with resets, masks, a carried state, rows that no segment divides."""
-  if CASES[name][-1]: monkeypatch.setattr(pallas_mixing, 'PROGRAMS', 1)
-  else: monkeypatch.setattr(pallas_mixing, 'PROGRAMS', 8)
+  monkeypatch.setattr(pallas_mixing, 'SMALL', pallas_mixing.SMALL._replace(programs=1 if CASES[name][-1] else 8))
   vectors, arguments, options = items(name)
   with jax.enable_x64():
     want = loop(vectors, arguments, options)
@@ -81,7 +80,7 @@ def test_kernels_equal_the_loop(name, monkeypatch):
 @pytest.mark.slow
 def test_no_gradient_crosses_a_reset(monkeypatch):
   """Exactly zero, also for the keep of the token that starts a document; the state after it does not know the past."""
-  monkeypatch.setattr(pallas_mixing, 'PROGRAMS', 8)
+  monkeypatch.setattr(pallas_mixing, 'SMALL', pallas_mixing.SMALL._replace(programs=8))
   vectors, arguments, options = cast(items('bipolar-head-row'), np.float32)
   options |= {'mask_BxL': None, 'reset_BxL': np.tile(np.arange(11) == 6, (2, 1))}
   def late(vectors, arguments, log_keep):
