@@ -8,6 +8,7 @@ from memjax.config.neural import (
   NeuralConfig,
   NeuralExecConfig,
   NeuralGatesConfig,
+  NeuralLocalsConfig,
   NeuralNetConfig,
   NeuralProjConfig,
   NeuralRuleConfig,
@@ -16,6 +17,7 @@ from memjax.config.neural import (
 from memjax.config.schema import ModelConfig
 from tests.test_config import message_of, rules
 
+TNT = NeuralRuleConfig(mode='tnt')
 MATRIX, EXACT, CONSTANT = NeuralNetConfig(kind='linear'), NeuralRuleConfig(mode='exact'), NeuralRuleConfig(forget=False)
 
 
@@ -51,13 +53,19 @@ REFUSED = [
   (lambda: NeuralConfig(exec=NeuralExecConfig(solver='lax')), "exec.solver applies to rule.mode='exact', not to 'token'"),
   (lambda: NeuralConfig(rule=NeuralRuleConfig(mode='block'), write=NeuralWriteConfig(window=2)), "write.window=2 needs rule.mode='token'"),
   (lambda: NeuralConfig(chunk=4, write=NeuralWriteConfig(window=5)), 'write.window=5 reaches back beyond one chunk=4'),
-  (lambda: NeuralConfig(rule=EXACT, net=MATRIX, write=NeuralWriteConfig(per_tensor=True)), "write.per_tensor does not apply to rule.mode='exact'"),
+  (lambda: NeuralConfig(rule=EXACT, net=MATRIX, write=NeuralWriteConfig(per_tensor=True)),
+   "write.per_tensor does not apply to rule.mode='exact'"),
   (lambda: NeuralConfig(net=NeuralNetConfig(kind='attention')), "net.kind='attention' needs rule.mode='block', not 'token'"),
   (lambda: NeuralConfig(net=NeuralNetConfig(kind='attention'), rule=NeuralRuleConfig(mode='block', clip=1.0)),
    "net.kind='attention' has no gradients of single tokens for rule.clip and write.per_tensor"),
   (lambda: NeuralRuleConfig(mode='chunk_gates', momentum='second'), "momentum='second' has no form for 'chunk_gates'"),
   (lambda: NeuralConfig(rule=NeuralRuleConfig(mode='chunk_gates')), "rule.mode='chunk_gates' needs gates.theta_raw"),
   (lambda: NeuralConfig(write=NeuralWriteConfig(refresh=2)), "write.refresh applies to rule.mode='chunk_gates', not to 'token'"),
+  (lambda: NeuralConfig(locals=NeuralLocalsConfig(shard=64)), "locals applies to rule.mode='tnt', not to 'token'"),
+  (lambda: NeuralConfig(rule=TNT, locals=NeuralLocalsConfig(chunks=())), 'locals.chunks is empty'),
+  (lambda: NeuralConfig(rule=TNT, chunk=48), 'locals.shard=2048 must be a multiple of chunk=48'),
+  (lambda: NeuralConfig(rule=TNT, locals=NeuralLocalsConfig(chunks=(8, 6))), 'locals.shard=2048 must be a multiple of locals.chunks[1]=6'),
+  (lambda: NeuralConfig(rule=TNT, write=NeuralWriteConfig(pairs=2)), "write.pairs does not apply to rule.mode='tnt'"),
   (lambda: NeuralConfig(key_width=8, value_width=4), 'value_width must be key_width in the residual form of net'),
   (lambda: NeuralConfig(rule=CONSTANT, gates=NeuralGatesConfig(alpha_bias=-5.0)), 'gates.alpha_bias needs rule.forget'),
   (lambda: NeuralConfig(rule=NeuralRuleConfig(momentum='none'), gates=NeuralGatesConfig(eta_bias=1.0)), 'gates.eta_bias needs'),

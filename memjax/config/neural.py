@@ -49,8 +49,9 @@ class NeuralNetConfig:
 class NeuralRuleConfig:
   """The inner optimiser (specification sections 3 and 5)."""
   mode: str = option('token', 'gradients at the start of the chunk, or (exact) at the last token; block also reads at the start; '
-                     'chunk_gates: one momentum and forgetting a chunk, gradients at the learned start, as in titans-pytorch',
-                     choices=('token', 'exact', 'block', 'chunk_gates'))
+                     'chunk_gates: one momentum and forgetting a chunk, gradients at the learned start, as in titans-pytorch; '
+                     'tnt: block, plus the token memories of `locals`',
+                     choices=('token', 'exact', 'block', 'chunk_gates', 'tnt'))
   loss: str = option('l2', 'of the prediction for a key against its value', choices=('l2', 'dot', 'huber', 'lp', 'kl'))
   loss_scale: str = option('half', 'factor on l2, huber and lp: 1/2, 1, or 1 / value width', choices=('half', 'sum', 'mean'))
   loss_argument: float = option(0.0, 'where huber turns linear (0 = 1), p of lp (0 = 3)', low=0.0)
@@ -109,6 +110,14 @@ class NeuralWriteConfig:
 
 
 @config
+class NeuralLocalsConfig:
+  """The local memories of mode tnt, which start anew at every shard (specification section 8.2)."""
+  chunks: tuple[int, ...] = option((8, 16), 'chunk of each; others may be given to trained parameters', low=1)
+  shard: int = option(2048, 'tokens of a document after which they start anew', low=1)
+  project: bool = option(True, 'their queries are seen through the keys of their chunk')
+
+
+@config
 class NeuralProjConfig:
   """From the layer's input to queries, keys and values, and from the read to its output (specification section 4)."""
   conv_width: int = option(4, 'taps of the causal short convolution; 0 = none', low=0)
@@ -144,6 +153,7 @@ class NeuralConfig:
   rule: NeuralRuleConfig = option(NeuralRuleConfig(), 'the inner optimiser')
   gates: NeuralGatesConfig = option(NeuralGatesConfig(), 'step size, momentum, forgetting')
   write: NeuralWriteConfig = option(NeuralWriteConfig(), 'what one token writes')
+  locals: NeuralLocalsConfig = option(NeuralLocalsConfig(), 'the local memories of mode tnt')
   proj: NeuralProjConfig = option(NeuralProjConfig(), 'projections')
   exec: NeuralExecConfig = option(NeuralExecConfig(), 'how it is computed')
 
@@ -151,6 +161,27 @@ class NeuralConfig:
   def waits(self) -> bool:
     """Whether writes wait for the end of their chunk."""
     return self.net.kind == 'attention' or self.rule.mode == 'chunk_gates'
+
+  @property
+  def whole(self) -> 'NeuralConfig':
+    """The large memory of mode tnt."""
+    return dataclasses.replace(self, rule=dataclasses.replace(self.rule, mode='block'), locals=NeuralLocalsConfig())
+
+  def local(self, number: int) -> 'NeuralConfig':
+    """A local memory of mode tnt, which takes projections as they are."""
+    proj = NeuralProjConfig(conv_width=0, activation='', qk_norm=self.proj.qk_norm, out_norm=False, out_gate='')
+    return dataclasses.replace(self, chunk=self.locals.chunks[number], rule=dataclasses.replace(self.rule, mode='token'), proj=proj,
+                               locals=NeuralLocalsConfig())
+
+  def _check_tnt(self):
+    here, mode = self.locals, self.rule.mode
+    if mode != 'tnt':
+      refuse(here != NeuralLocalsConfig(), f"locals applies to rule.mode='tnt', not to {mode!r}")
+      return
+    refuse(not here.chunks, "locals.chunks is empty; without local memories use rule.mode='block'")
+    for name, size in (('chunk', self.chunk), *((f'locals.chunks[{n}]', size) for n, size in enumerate(here.chunks))):
+      refuse(here.shard % size != 0, f'locals.shard={here.shard} must be a multiple of {name}={size}')
+    refuse(self.write.pairs > 1, "write.pairs does not apply to rule.mode='tnt'")
 
   def _check_whole(self):
     mixes, mode = self.net.kind == 'attention', self.rule.mode
@@ -172,6 +203,7 @@ class NeuralConfig:
     refuse(write.window > self.chunk, f'write.window={write.window} reaches back beyond one chunk={self.chunk}')
     refuse(write.per_tensor and rule.mode == 'exact', "write.per_tensor does not apply to rule.mode='exact'")
     self._check_whole()
+    self._check_tnt()
     refuse(net.has_residual and self.value_width not in (0, self.key_width), 'value_width must be key_width in the residual form of net')
     refuse(gates.alpha_bias != 0 and not rule.forget, 'gates.alpha_bias needs rule.forget')
     refuse(gates.eta_bias != 2.197 and rule.momentum == 'none', 'gates.eta_bias needs rule.momentum')

@@ -51,7 +51,8 @@ def _check_stage(model: Any, names: tuple[str, ...], wiring: str, *, path: str) 
     refuse(blind, f"{path} leaves tokens unseen: mixers.{second}.rule.mode={mode!r} needs mixers.{first}.window of at least its chunk")
     return
   refuse(memory.kind != 'neural', f'{path} ends with {second!r} of kind {memory.kind}; {MAC} ends with kind neural')
-  refuse(memory.waits, f'{path} ends with {second!r}, whose writes wait for the end of a chunk; {MAC} reads every token')
+  refuse(memory.waits or memory.rule.mode == 'tnt',
+         f'{path} ends with {second!r}, whose writes wait for the end of a chunk; {MAC} reads every token')
   refuse(attention.kind != 'window', f'{path} begins with {first!r} of kind {attention.kind}; {MAC} begins with window, its segment')
   refuse(attention.window % memory.chunk != 0,
          f'{path} needs mixers.{first}.window={attention.window}, its segment, to be a multiple of mixers.{second}.chunk={memory.chunk}')

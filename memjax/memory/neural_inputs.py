@@ -95,7 +95,10 @@ class NeuralProjections(nn.Module):
 
   def __call__(self, x_BxLxD: jax.Array) -> NeuralInputs:
     """The big matmuls, all tokens at once; gates in float32."""
-    stream = jnp.concatenate([linear(x_BxLxD) for linear in self.linear.values()], -1)
+    return NeuralInputs(jnp.concatenate([linear(x_BxLxD) for linear in self.linear.values()], -1), self.gates(x_BxLxD))
+
+  def gates(self, x_BxLxD: jax.Array) -> jax.Array:
+    """The gates [B, L, G, H] in the order of `names`."""
     wide = jnp.promote_types(jnp.float32, self.dtype)
     kernel, bias = (jnp.concatenate([pair[n].astype(wide) for pair in self.gate.values()], -1) for n in (0, 1))
     logit = jnp.dot(x_BxLxD.astype(wide), kernel, precision='highest') + bias.reshape(1, 1, -1)
@@ -105,7 +108,7 @@ class NeuralProjections(nn.Module):
     gate = {name: a if name in plain else jax.nn.sigmoid(a) for name, a in gate.items()}
     gate = {name: 2 * a if name.startswith('rate_') else a for name, a in gate.items()}
     gate['theta'] = gate['theta'] * self.theta_scale(gate)
-    return NeuralInputs(stream, jnp.stack([*gate.values(), jnp.ones_like(gate['theta'])], 2))
+    return jnp.stack([*gate.values(), jnp.ones_like(gate['theta'])], 2)
 
   def theta_scale(self, gate: dict) -> Any:
     """What the sigmoid of the step size is multiplied by."""

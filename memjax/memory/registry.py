@@ -9,6 +9,7 @@ from memjax.memory.context import Context
 from memjax.memory.holographic import Holographic
 from memjax.memory.holographic_seed import HolographicSeed
 from memjax.memory.neural import Neural
+from memjax.memory.neural_tnt import NeuralTnt
 from memjax.memory.neural_waiting import NeuralWaiting
 from memjax.memory.product_key import ProductKey
 from memjax.memory.table import EntryTable, ValueTable
@@ -22,6 +23,7 @@ TABLES = {'bank': EntryTable, 'product_key': ValueTable}
 def memory_class(config: Any) -> type[Memory]:
   """The module class of one mixer config."""
   if config.kind not in MEMORIES: raise UserError(f'no memory of kind {config.kind!r}; known: {", ".join(sorted(MEMORIES))}')
+  if config.kind == 'neural' and config.rule.mode == 'tnt': return NeuralTnt
   if config.kind == 'neural' and config.waits: return NeuralWaiting
   return MEMORIES[config.kind]
 

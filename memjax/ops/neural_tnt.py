@@ -34,6 +34,13 @@ def project_query(query: jax.Array, key: jax.Array, write: jax.Array, chunk: int
   return jnp.einsum('bhnti,bhnik->bhntk', near * (write / size)[..., None, :].astype(q.dtype), k).reshape(query.shape)
 
 
+def project_pending(query: jax.Array, key: jax.Array, write: jax.Array) -> jax.Array:
+  """p [B, L, H, K]: every query seen through all written keys [B, C, H, K], of which `write` [B, C, H] tells."""
+  near = jnp.einsum('blhk,bchk->blhc', query, key)
+  size = jnp.maximum(jnp.sum(key * key, -1), 1e-12)
+  return jnp.einsum('blhc,bchk->blhk', near * jnp.swapaxes(write / size, 1, 2)[:, None], key)
+
+
 def tnt(tokens: tuple, whole: Part, local: tuple[Part, ...], *, shard: int, project: bool = True) -> jax.Array:
   """y [B, H, L, V] of L tokens = (query, key, value) [B, H, L, width], from the learned weights of all memories.
 

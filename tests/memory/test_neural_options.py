@@ -18,6 +18,7 @@ MATRIX = {'net.kind': 'linear', 'net.expansion': 4}
 EXACT = {**MATRIX, 'rule.mode': 'exact'}
 CLIP, BLOCK, HUBER = {'rule.clip': 0.01}, {'rule.mode': 'block'}, {'rule.loss': 'huber'}
 LOW, RAW = {'net.kind': 'low_rank'}, {'gates.theta_raw': True}
+TNT = {'rule.mode': 'tnt', 'locals.chunks': (3,), 'locals.shard': 6}
 GATED = {**RAW, 'rule.mode': 'chunk_gates', 'rule.momentum': 'none'}
 GELU, SECOND = {'net.activation': 'gelu'}, {'rule.momentum': 'second'}
 
@@ -47,6 +48,8 @@ TABLE = [
     ({'write.pairs': 2}, 'shape', {}), ({'write.window': 2}, 'output', {}), ({'write.per_tensor': True}, 'shape', {}),
     ({'write.refresh': 1}, 'output', GATED), ({'rule.mode': 'chunk_gates'}, 'output', {**GATED, 'rule.mode': 'block'}),
     ({'net.kind': 'attention'}, 'shape', BLOCK),
+    (TNT, 'shape', {}), ({'locals.chunks': (1,)}, 'output', TNT), ({'locals.shard': 3}, 'output', TNT),
+    ({'locals.project': False}, 'output', TNT),
     ({'proj.conv_width': 0}, 'shape', {}), ({'proj.activation': ''}, 'output', {}), ({'proj.qk_norm': 'rms'}, 'output', {}),
     ({'proj.qk_norm': 'none'}, 'output', {}), ({'proj.lookahead': True}, 'output', {}), ({'proj.out_norm': False}, 'shape', {}),
     ({'proj.out_gate': ''}, 'shape', {}), ({'proj.out_gate': 'sigmoid'}, 'output', {}),
