@@ -50,7 +50,7 @@ def facts_of(part: str, seconds: int) -> tuple[list[dict[str, Any]], str]:
 def of_devices(fact: dict[str, Any]) -> Finding:
   """The line on a device."""
   memory = f', {fact["memory_bytes"] / 2 ** 30:.1f} GiB of memory' if fact['memory_bytes'] else ''
-  return Finding('ok', f'{fact["platform"]} {fact["id"]}', fact['kind'] + memory)
+  return Finding('ok', f'{fact["platform"]} {fact["id"]}', fact['kind'] + memory + ('' if fact['default'] else ', when asked for'))
 
 
 def of_probe(fact: dict[str, Any]) -> Finding:

@@ -12,7 +12,8 @@ from memjax.config.flags import call
 from memjax.runtime import distributed, doctor
 
 TESTS = ('training step', 'saving', 'inspecting', 'restoring', 'decoding')
-WORKING = {'devices': [{'platform': 'gpu', 'kind': 'Some GPU', 'id': 0, 'memory_bytes': 2 ** 31}],
+WORKING = {'devices': [{'platform': 'gpu', 'kind': 'Some GPU', 'id': 0, 'memory_bytes': 2 ** 31, 'default': True},
+                       {'platform': 'cpu', 'kind': 'cpu', 'id': 0, 'memory_bytes': 0, 'default': False}],
            'probe': [{'name': 'fft', 'works': False, 'error': 'UNIMPLEMENTED', 'without': 'a matmul instead'}],
            'test': [{'name': name, 'works': True, 'error': '', 'seconds': 1.0} for name in TESTS]}
 
@@ -39,7 +40,8 @@ def ask(packages, monkeypatch, capsys):
 
 def test_a_machine_that_can_train(ask):
   status, out = ask()
-  assert status == 0 and 'gpu 0  Some GPU, 2.0 GiB of memory' in out and out.endswith('Training can run here.\n')
+  assert status == 0 and 'gpu 0  Some GPU, 2.0 GiB of memory\n' in out and 'cpu 0  cpu, when asked for' in out
+  assert out.endswith('Training can run here.\n')
   assert 'no (UNIMPLEMENTED)' in out and '-> a matmul instead' in out and 'FAIL' not in out
   assert f' {jax.__version__} (wants >=0.10.2, <0.13)' in out
   status, out = ask('--json')

@@ -69,12 +69,18 @@ def probe() -> Iterator[dict[str, Any]]:
 
 
 def devices() -> Iterator[dict[str, Any]]:
-  """{'platform', 'kind', 'id', 'process', 'memory_bytes'} of each device that programs run on."""
-  for device in jax.devices():
+  """{'platform', 'kind', 'id', 'process', 'memory_bytes', 'default'} of the devices that programs run on, then those of the host."""
+  for device in [*jax.devices(), *(jax.devices('cpu') if jax.default_backend() != 'cpu' and _has_cpu() else ())]:
     try: stats = device.memory_stats() or {}
     except Exception: stats = {}        # plugins need not know
     yield {'platform': device.platform, 'kind': device.device_kind, 'id': device.id, 'process': device.process_index,
-           'memory_bytes': stats.get('bytes_limit', 0)}
+           'memory_bytes': stats.get('bytes_limit', 0), 'default': device in jax.devices()}
+
+
+def _has_cpu() -> bool:
+  """Whether the CPU is among the platforms in force."""
+  try: return bool(jax.devices('cpu'))
+  except RuntimeError: return False
 
 
 # One step of training, from end to end ----------------------------------------------------------------------------------------
