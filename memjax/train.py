@@ -154,7 +154,7 @@ def train(parts: Parts, workdir: str, values: dict) -> int:
     checkpoints = Checkpoints(workdir, config.checkpoint)
     stack.callback(checkpoints.close)
     data = {**splits['train'].identity, 'keys': key_fingerprints(config)}
-    trainer = Trainer(config, parts.mesh, step, watch, checkpoints, log, data, early)
+    trainer = Trainer(config, parts.mesh, step, watch, checkpoints, log, data, early, share_of(parts))
     state, status = trainer.run(state, batches_from(parts, splits['train'], int(state.step)))
     if status == DIVERGED: logger.error('lower the learning rate or clip harder; the last good state is checkpoint %d', int(state.step))
     if status != DONE: return status
@@ -166,6 +166,14 @@ def train(parts: Parts, workdir: str, values: dict) -> int:
       keep_adapter(parts, workdir)
       print(figures(workdir, splits[config.evaluation.split]) if values['figures'] else os.path.abspath(workdir))
   return status
+
+
+def share_of(parts: Parts) -> float:
+  """The share of a second of the mesh that a token costs; nothing is counted where the speed of its devices is not known."""
+  from memjax.runtime.flops import forward_flops
+  from memjax.runtime.utilisation import peak_flops, step_share
+  devices = parts.mesh.devices.flatten()
+  return step_share(forward_flops(parts.model, parts.config.training.length), devices) if peak_flops(devices) else 0.0
 
 
 def finish(parts: Parts, workdir: str, params, scores: dict, *, log, labels=None) -> None:

@@ -79,6 +79,7 @@ class Trainer:
   log: MetricsLog | None               # of process 0
   data: dict[str, Any]                 # JSON: what the data are; checkpoints carry it
   early: Early = dataclasses.field(default_factory=Early)
+  share: float = 0.0                   # of a second of all devices that a token costs; 0 = not known
 
   def run(self, state: TrainState, batches: Iterator[dict[str, np.ndarray]]) -> tuple[TrainState, int]:
     """(state, DONE, DIVERGED or STOPPED) after training from `state` to the configured steps; the state is saved.
@@ -116,7 +117,8 @@ class Trainer:
     speed = (step - self.counted) * training.batch * training.length / max(now - self.clock, 1e-9)
     self.clock, self.counted = now, step
     if is_leader():
-      self.log.write(step, {'loss': row.pop('loss'), 'tokens_per_second': round(speed, 1), **row})
+      used = {'mfu': round(speed * self.share, 4)} if self.share else {}
+      self.log.write(step, {'loss': row.pop('loss'), 'tokens_per_second': round(speed, 1), **used, **row})
       self.progress.update(step, float(metrics['loss']), speed)
     return skipped >= training.nan_limit
 

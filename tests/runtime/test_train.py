@@ -220,14 +220,17 @@ def test_metrics_are_fetched_one_step_behind():
   def step(state, batch):
     calls.append('step')
     return state, {'skipped': Value(0), 'loss': 0.0}
+  rows = []
   class Log:
-    def write(self, *_): pass
+    def write(self, step, row): rows.append(row)
   config = read_config_of(steps=4)
   trainer = loop.Trainer(config, sharding.make_mesh(config.mesh), step, lambda params: {'loss': 1.0, 'bits_per_byte': 1, 'perplexity': 1},
-                         Saver(), Log(), {})
+                         Saver(), Log(), {}, share=1e-6)
   state = loop.TrainState(np.int32(0), {}, (), (), (), np.int32(0))
   trainer.run(state, iter([{'token': np.zeros((8, 2), np.int32)}] * 4))
   assert calls == ['step', 'step', 'read', 'step', 'read', 'step', 'read', 'read']
+  used = [(row['mfu'], row['tokens_per_second']) for row in rows if 'mfu' in row]
+  assert used and all(mfu == pytest.approx(1e-6 * speed, abs=1e-4) for mfu, speed in used)
 
 
 class Saver:

@@ -1,0 +1,21 @@
+"""The share of a machine that training uses."""
+import types
+
+import pytest
+
+from memjax.runtime.utilisation import peak_flops, step_share
+
+
+def devices(*kinds):
+  return [types.SimpleNamespace(device_kind=kind) for kind in kinds]
+
+
+def test_the_peak_is_that_of_all_devices():
+  assert peak_flops(devices('NVIDIA H200', 'NVIDIA H200')) == 2 * 989e12
+  assert peak_flops(devices('TPU v5 lite')) == 197e12 and peak_flops(devices('TPU v5p')) == 459e12
+  assert peak_flops(devices('NVIDIA H200', 'cpu')) == 0 == peak_flops(devices('cpu'))
+
+
+def test_a_token_costs_three_forward_passes():
+  assert step_share(1e9, devices('NVIDIA H100 80GB HBM3')) * 300_000 == pytest.approx(3e9 * 300_000 / 989e12)
+  assert step_share(1e9, devices('cpu')) == 0
