@@ -3,8 +3,8 @@ from collections.abc import Sequence
 from typing import Any
 
 # Dense bf16 operations a second by the makers' data sheets; the first name found in a device's kind counts.
-PEAKS = {'H200': 989e12, 'H100': 989e12, 'B200': 2250e12, 'A100': 312e12, 'L40S': 362e12, 'L4': 121e12,
-         'TPU v6': 918e12, 'TPU v5p': 459e12, 'TPU v5 lite': 197e12, 'TPU v5e': 197e12, 'TPU v5': 459e12, 'TPU v4': 275e12, 'TPU v3': 123e12}
+PEAKS = {'H200': 989e12, 'H100': 989e12, 'B200': 2250e12, 'A100': 312e12, 'L40S': 362e12, 'L4': 121e12, 'TPU v6': 918e12,
+         'TPU v5p': 459e12, 'TPU v5 lite': 197e12, 'TPU v5e': 197e12, 'TPU v5': 459e12, 'TPU v4': 275e12, 'TPU v3': 123e12}
 
 
 def peak_flops(devices: Sequence[Any]) -> float:
