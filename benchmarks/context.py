@@ -175,15 +175,16 @@ def run_pieces(layer: Layer, case: common.Case, lengths: list[int], *, piece: in
   params, (x, position), empty = jax.jit(layer.init)(), inputs_of(layer, piece), lambda: layer.memory.init_state(1)
   prepared, positions = jax.jit(layer.prepare)(params), [jnp.int32(begin) + position for begin in range(0, max(lengths), piece)]
   jax.block_until_ready(case.call(params, x, position, empty(), prepared))
-  state, started = jax.block_until_ready((empty(), positions))[0], time.perf_counter()
+  state, spent, started = jax.block_until_ready((empty(), positions))[0], 0.0, time.perf_counter()
   following = dict(itertools.pairwise(sorted(lengths)))
   for tokens, position in zip(range(piece, max(lengths) + 1, piece), positions, strict=True):
     y, state = case.call(params, x, position, state, prepared)
     if tokens not in lengths: continue
     jax.block_until_ready((y, state))
-    seconds = time.perf_counter() - started
-    yield tokens, seconds, ''
-    if seconds * following.get(tokens, tokens) / tokens > patience: return
+    spent += time.perf_counter() - started
+    yield tokens, spent, ''
+    if spent * following.get(tokens, tokens) / tokens > patience: return
+    started = time.perf_counter()                             # what was done with the row meanwhile does not count
 
 
 def run_whole(layer: Layer, cases: dict[int, common.Case], *, patience: float) -> Iterator[tuple[int, float | None, str]]:

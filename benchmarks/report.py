@@ -213,7 +213,8 @@ def scaling(result: dict[str, Any]) -> list[str]:
 CAPTIONS = {**report_text.CAPTIONS, **report_neural.CAPTIONS, **report_banks.CAPTIONS, **report_hosts.CAPTIONS, **report_context.CAPTIONS}
 ABOUT = {**report_text.ABOUT, **report_banks.ABOUT, **report_hosts.ABOUT, **report_neural.ABOUT, **report_context.ABOUT,
          **report_scaling.ABOUT}
-READINGS = {**report_text.READINGS, **report_banks.READINGS, **report_hosts.READINGS, **report_neural.READINGS}
+READINGS = {**report_text.READINGS, **report_banks.READINGS, **report_hosts.READINGS, **report_neural.READINGS,
+            **report_context.READINGS}
 SECTIONS = (                                # title, benchmark, key that must hold something, body, figure
   ('Mixing', 'holographic', 'rows', mixing, 'mixing'), ('Whole layers', 'holographic', 'layers', layers, ''),
   ('Recall', 'recall', 'rows', recall, 'recall'), ('Decoding', 'decode', 'rows', decode, ''),
