@@ -66,16 +66,16 @@ def h200(result, results):
   speed = lambda name: predicted[name] * most / seconds[name, most] / 1e12
   attention, memory, less = at['attention', far], at['holographic', most], seconds['attention', far] / seconds['holographic', far]
   return (
-    f'At {far:,} tokens attention (cuDNN) takes {seconds["attention", far]:.3f} s and holds {attention["state_bytes"] / 1e9:.1f} GB of keys '
-    f'and values, a holographic layer {seconds["holographic", far]:.3f} s ({less:.0f} times less), window attention '
+    f'At {far:,} tokens attention (cuDNN) takes {seconds["attention", far]:.3f} s and holds {attention["state_bytes"] / 1e9:.1f} GB of '
+    f'keys and values, a holographic layer {seconds["holographic", far]:.3f} s ({less:.0f} times less), window attention '
     f'{seconds["window", far]:.3f} s, a neural memory {seconds["neural", far]:.3f} s. A million tokens take the holographic layer '
-    f'{seconds["holographic", most]:.3f} s, with {memory["temporary_mib"]:,.0f} MiB of temporaries and {memory["state_bytes"] / 1e3:,.0f} kB '
-    f'of state, and the neural memory {seconds["neural", most]:.2f} s; attention was left out there, for its time grows with the square. At '
-    f'{piece:,} tokens attention ({1e3 * seconds["attention", piece]:.2f} ms) is as fast as the holographic layer '
+    f'{seconds["holographic", most]:.3f} s, with {memory["temporary_mib"]:,.0f} MiB of temporaries and {memory["state_bytes"] / 1e3:,.0f} '
+    f'kB of state, and the neural memory {seconds["neural", most]:.2f} s; attention was left out there, for its time grows with the square. '
+    f'At {piece:,} tokens attention ({1e3 * seconds["attention", piece]:.2f} ms) is as fast as the holographic layer '
     f'({1e3 * seconds["holographic", piece]:.2f} ms). Operations do not predict time: at a million tokens the holographic layer does '
     f'{speed("holographic"):.0f} of the predicted TFLOP a second, the neural memory {speed("neural"):.0f}, and the original HAMT layer, '
-    f'which writes token by token, reads {at["holographic_seed", far]["tokens_per_second"]:,.0f} tokens a second at any length. In this run '
-    'the clock went on while rows were saved between lengths, some milliseconds each time: what is read in pieces took less than listed '
+    f'which writes token by token, reads {at["holographic_seed", far]["tokens_per_second"]:,.0f} tokens a second at any length. '
+    'In this run the clock went on while rows were saved between lengths, some milliseconds each time: what is read in pieces took less than listed '
     f'from {4 * piece:,} tokens on. Forward + backward of whole rows was not run on this machine.')
 
 
