@@ -70,13 +70,13 @@ def h200(result, results):
     f'keys and values, a holographic layer {seconds["holographic", far]:.3f} s ({less:.0f} times less), window attention '
     f'{seconds["window", far]:.3f} s, a neural memory {seconds["neural", far]:.3f} s. A million tokens take the holographic layer '
     f'{seconds["holographic", most]:.3f} s, with {memory["temporary_mib"]:,.0f} MiB of temporaries and {memory["state_bytes"] / 1e3:,.0f} '
-    f'kB of state, and the neural memory {seconds["neural", most]:.2f} s; attention was left out there, for its time grows with the square. '
+    f'kB of state, and the neural memory {seconds["neural", most]:.2f} s; attention was left out there: its time grows by squares. '
     f'At {piece:,} tokens attention ({1e3 * seconds["attention", piece]:.2f} ms) is as fast as the holographic layer '
     f'({1e3 * seconds["holographic", piece]:.2f} ms). Operations do not predict time: at a million tokens the holographic layer does '
     f'{speed("holographic"):.0f} of the predicted TFLOP a second, the neural memory {speed("neural"):.0f}, and the original HAMT layer, '
     f'which writes token by token, reads {at["holographic_seed", far]["tokens_per_second"]:,.0f} tokens a second at any length. '
-    'In this run the clock went on while rows were saved between lengths, some milliseconds each time: what is read in pieces took less than listed '
-    f'from {4 * piece:,} tokens on. Forward + backward of whole rows was not run on this machine.')
+    'In this run the clock went on while rows were saved between lengths, some milliseconds each time: what is read in pieces took '
+    f'less than listed from {4 * piece:,} tokens on. Forward + backward of whole rows was not run on this machine.')
 
 
 READINGS = {('Long context', 'context-h200'): h200}
