@@ -129,6 +129,12 @@ def test_versions(text, version):
   assert doctor.version_of(text) == version
 
 
+def test_the_command_itself_imports_no_jax():
+  """It must be able to say what is wrong where the import of jax fails, or hangs."""
+  program = 'import sys; sys.modules["jax"] = None; import memjax.doctor'
+  assert subprocess.run([sys.executable, '-c', program], check=False).returncode == 0
+
+
 @pytest.mark.slow
 def test_for_real():
   """Every part in its own process; the probes find what a CPU has."""
