@@ -12,7 +12,16 @@ import shlex
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from benchmarks import report_banks, report_context, report_figures, report_hosts, report_neural, report_scaling, report_text
+from benchmarks import (
+  report_banks,
+  report_context,
+  report_figures,
+  report_hosts,
+  report_kernels,
+  report_neural,
+  report_scaling,
+  report_text,
+)
 
 RESULTS = pathlib.Path(__file__).parent / 'results'
 DOCS = pathlib.Path(__file__).parent.parent / 'docs'
@@ -210,13 +219,19 @@ def scaling(result: dict[str, Any]) -> list[str]:
   return report_scaling.scaling(result, table, cell) + goals(result['targets'])
 
 
+def kernels(result: dict[str, Any]) -> list[str]:
+  """Fused kernels by their block sizes."""
+  return report_kernels.kernels(result, table)
+
+
 CAPTIONS = {**report_text.CAPTIONS, **report_neural.CAPTIONS, **report_banks.CAPTIONS, **report_hosts.CAPTIONS, **report_context.CAPTIONS}
 ABOUT = {**report_text.ABOUT, **report_banks.ABOUT, **report_hosts.ABOUT, **report_neural.ABOUT, **report_context.ABOUT,
-         **report_scaling.ABOUT}
+         **report_scaling.ABOUT, **report_kernels.ABOUT}
 READINGS = {**report_text.READINGS, **report_banks.READINGS, **report_hosts.READINGS, **report_neural.READINGS,
             **report_context.READINGS}
 SECTIONS = (                                # title, benchmark, key that must hold something, body, figure
-  ('Mixing', 'holographic', 'rows', mixing, 'mixing'), ('Whole layers', 'holographic', 'layers', layers, ''),
+  ('Mixing', 'holographic', 'rows', mixing, 'mixing'), ('Fused kernels', 'kernels', 'rows', kernels, ''),
+  ('Whole layers', 'holographic', 'layers', layers, ''),
   ('Recall', 'recall', 'rows', recall, 'recall'), ('Decoding', 'decode', 'rows', decode, ''),
   ('Capacity', 'capacity', 'keyed', capacity, ''), ('Language modelling', 'language', 'rows', language, 'language'),
   ('Memory banks', 'banks', 'rows', banks, 'banks'), ('Routed attention', 'routed', 'example_shape', routed, ''),

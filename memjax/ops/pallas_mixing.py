@@ -31,8 +31,9 @@ class Launch(NamedTuple):
 
 
 # Measured on an H200 (docs/performance.md): few slots go fastest through chunks of 16 tokens in one warp, without a barrier and with
-# eight programs a multiprocessor; states of more slots cost too much a chunk for that.
+# eight programs a multiprocessor; states of more slots cost too much a chunk for that. SPECTRA is for vectors that a matrix transforms.
 SMALL, LARGE = Launch((1, 1), (1, 2), (1, 1), (1, 2), 2048), Launch((4, 2), (4, 2), (4, 1), (4, 1), 512)
+SPECTRA = SMALL._replace(read_back_kernel=(1, 2), write_back_kernel=(1, 1))
 
 
 def choose_chunk(slots: int, width: int) -> int:
@@ -46,7 +47,7 @@ def _halves(width):
   return np.r_[0, 2:half + 1, 1, half + 1:width]
 
 
-def _basis(binding, transform, width, dtype):
+def basis_of(binding, transform, width, dtype):
   """The matrix from given vectors to parts, by name; none for reals and phasors."""
   if binding not in PACKED: return {}
   matrix = dft_matrix(width, jnp.promote_types(jnp.float32, dtype)) if transform == 'dft' else jnp.eye(width)
@@ -68,7 +69,7 @@ def _specs(plan, width):
   }
 
 
-def _call(kernel, static, arrays, outputs):
+def call_kernel(kernel, static, arrays, outputs):
   """Runs a kernel over heads, segments and rows; arrays and outputs (shapes) by name."""
   B, L, H, K = arrays['query' if 'query' in arrays else 'value'].shape
   plan, launch = static
@@ -79,11 +80,12 @@ def _call(kernel, static, arrays, outputs):
       interpret=jax.default_backend() == 'cpu', compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=stages))(arrays)
 
 
-def _with(arrays, *names):
+def select(arrays, *names):
+  """The named arrays, and those of decay, documents and layout that there are."""
   return {n: arrays[n] for n in (*names, 'log', 'segment', 'entering', 'basis') if n in arrays}
 
 
-def _state_shape(plan, tokens, chunks=0):
+def state_shape(plan, tokens, chunks=0):
   """The shape of one state a segment in the accumulation dtype, or of one every `chunks` chunks in the compute dtype."""
   B, L, H, K = tokens['value'].shape
   dtype = tokens['value'].dtype
@@ -103,18 +105,19 @@ def _segments(plan, tokens, fixed) -> Chunks:
   return Chunks(None, total, last, entering, False, plan.is_before)
 
 
-def _like(tokens, *names):
+def shapes_like(tokens, *names):
+  """Shapes of the named tokens that there are."""
   return {n: jax.ShapeDtypeStruct(tokens[n].shape, tokens[n].dtype) for n in names if n in tokens}
 
 
 def _forward(static, state, tokens, fixed):
-  plan, arrays, segment = static[0], {**tokens, **fixed}, _state_shape(static[0], tokens)
+  plan, arrays, segment = static[0], {**tokens, **fixed}, state_shape(static[0], tokens)
   start = state[:, :, None]
   if segment.shape[2] > 1:
-    write = _call(kernels.write_kernel, static, _with(arrays, 'key', 'value', 'address'), {'state': segment})['state']
+    write = call_kernel(kernels.write_kernel, static, select(arrays, 'key', 'value', 'address'), {'state': segment})['state']
     start = carry(_segments(plan, tokens, fixed), state, write)[0]
-  inputs = {**_with(arrays, 'key', 'value', 'query', 'address', 'pick'), 'start': start}
-  out = _call(kernels.read_kernel, static, inputs, {'y': _like(tokens, 'value')['value'], 'state': segment})
+  inputs = {**select(arrays, 'key', 'value', 'query', 'address', 'pick'), 'start': start}
+  out = call_kernel(kernels.read_kernel, static, inputs, {'y': shapes_like(tokens, 'value')['value'], 'state': segment})
   return (out['state'][:, :, -1], out['y']), start
 
 
@@ -131,19 +134,19 @@ def _mix_forward(static, state, tokens, fixed):
 
 def _mix_backward(static, kept, cotangents):
   plan, (tokens, fixed, start), (dfinal, dy) = static[0], kept, cotangents
-  segment, arrays = _state_shape(plan, tokens), {**tokens, **fixed, 'dy': dy}
-  inputs = _with(arrays, 'key', 'value', 'query', 'address', 'pick', 'dy')
-  outputs = {**_like(tokens, 'query', 'pick'), 'state': segment}
-  if plan.keep: outputs |= {'states': _state_shape(plan, tokens, chunks=1), 'picked': _like(tokens, 'log')['log']}
-  readers = _call(kernels.read_back_kernel, static, {**inputs, 'start': start}, outputs)
+  segment, arrays = state_shape(plan, tokens), {**tokens, **fixed, 'dy': dy}
+  inputs = select(arrays, 'key', 'value', 'query', 'address', 'pick', 'dy')
+  outputs = {**shapes_like(tokens, 'query', 'pick'), 'state': segment}
+  if plan.keep: outputs |= {'states': state_shape(plan, tokens, chunks=1), 'picked': shapes_like(tokens, 'log')['log']}
+  readers = call_kernel(kernels.read_back_kernel, static, {**inputs, 'start': start}, outputs)
   dstart, dend = readers.pop('state'), dfinal[:, :, None]
   if segment.shape[2] > 1:
     c = _segments(plan, tokens, fixed)
     back = jax.vjp(lambda write: carry(c, jnp.zeros_like(dfinal), write), jnp.zeros_like(dstart))[1]      # linear: the point is any
     dend = back((dstart, dfinal))[0]
   inputs |= {'dend': dend, **{n: readers.pop(n) for n in ('states', 'picked') if n in readers}}
-  outputs = {**_like(tokens, 'key', 'value', 'address', 'log'), 'state': segment}
-  writers = _call(kernels.write_back_kernel, static, inputs, outputs)
+  outputs = {**shapes_like(tokens, 'key', 'value', 'address', 'log'), 'state': segment}
+  writers = call_kernel(kernels.write_back_kernel, static, inputs, outputs)
   return writers.pop('state')[:, :, 0], readers | writers, None
 
 
@@ -173,7 +176,7 @@ def pallas_mix(state_BxHxSxK, vectors, address_BxLxHxS, pick_BxLxHxS, *, binding
   B, L, H, K = vectors[0].shape
   S, dtype = address_BxLxHxS.shape[-1], vectors[1].dtype
   chunk = chunk or choose_chunk(S, K)
-  launch = launch or (SMALL if chunk <= 16 else LARGE)
+  launch = launch or (LARGE if chunk > 16 else SPECTRA if binding in PACKED else SMALL)
   segment = segment or _chunks_a_segment(B * H, -(-L // chunk), launch.programs)
   keep = '' if log_keep is None else 'head' if log_keep.shape[-1] == 1 else 'slot'
   plan = Plan(chunk, segment, S, 1 + (binding in (*PACKED, 'phasor')), binding in PACKED, keep, order == 'before', transform == 'dft')
@@ -186,7 +189,7 @@ def pallas_mix(state_BxHxSxK, vectors, address_BxLxHxS, pick_BxLxHxS, *, binding
   behind = -L % (chunk * plan.chunks)
   pad = lambda x, **how: jnp.pad(x, ((0, 0), (0, behind)) + ((0, 0),) * (x.ndim - 2), **how) if behind else x
   tokens = {n: pad(x) for n, x in tokens.items()}
-  fixed = _fixed(plan, None if reset_BxL is None else pad(reset_BxL), _basis(binding, transform, K, dtype))
+  fixed = _fixed(plan, None if reset_BxL is None else pad(reset_BxL), basis_of(binding, transform, K, dtype))
   channels = _halves(K) if plan.has_real else np.arange(K)
   state = jnp.pad(state_BxHxSxK[..., channels], ((0, 0), (0, 0), (0, plan.padded - S), (0, 0)))
   final, y = _mix((plan, launch), state, tokens, fixed)

@@ -68,7 +68,8 @@ def run(vectors, arguments, options, *, backends=('xla', 'pallas'), compiled=qui
 @pytest.mark.parametrize('name', [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CASES])
 def test_kernels_equal_the_loop(name, monkeypatch):
   """Outputs, final state and all gradients, with resets, masks, a carried state, rows that no segment divides."""
-  monkeypatch.setattr(pallas_mixing, 'SMALL', pallas_mixing.SMALL._replace(programs=1 if CASES[name][-1] else 8))
+  for launch in ('SMALL', 'SPECTRA'):
+    monkeypatch.setattr(pallas_mixing, launch, pallas_mixing.SMALL._replace(programs=1 if CASES[name][-1] else 8))
   vectors, arguments, options = items(name)
   with jax.enable_x64():
     want = loop(vectors, arguments, options)
