@@ -5,23 +5,22 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from memjax.adapters.families import Keys
 from memjax.adapters.gguf_model import GgufModel
 from memjax.adapters.graft import DESCRIPTION, load_adapter
 from memjax.adapters.graft import open_host as open_tensors
 from memjax.adapters.lora import merge, merge_quantized
 from memjax.adapters.peft import CONFIG as PEFT
 from memjax.adapters.peft import load_peft
-from memjax.adapters.pretrained import Tensors, end_tokens, load_params, read_json
+from memjax.adapters.pretrained import Tensors, load_params
 from memjax.adapters.quantized import packed
 from memjax.config.errors import UserError
 from memjax.config.schema import ModelConfig
-from memjax.data.chat import ChatTemplate, chat_tokens, folder_template, read_tokenizer_config
-from memjax.data.gguf_tokenizer import begins_with_bos, gguf_tokenizer, special_text
-from memjax.data.subword import FILE, SubwordTokenizer
+from memjax.data.chat import ChatTemplate, chat_tokens
+from memjax.data.subword import SubwordTokenizer
 from memjax.models.decoder import Decoder, inference_model
 from memjax.models.quantized import kernel_quantization, with_quant
 from memjax.models.unrolled import unroll_params, unrolled
+from memjax.runtime.texts import open_texts
 
 
 class Host(NamedTuple):
@@ -69,35 +68,14 @@ def open_host(path: str, *, dtype: str = 'float32', quantize: str = '', adapters
   Raises UserError for what cannot be read exactly, for a tokenizer with more tokens than the model, and for adapters that are
   none or belong to another model.
   """
-  wanted = Wanted(dtype, quantize, tuple(adapters))
-  host = _open_folder(path, wanted) if os.path.isdir(path) else _open_gguf(path, wanted)
-  if host.tokenizer.vocabulary > host.config.vocabulary:
-    raise UserError(f'{path}: the tokenizer has {host.tokenizer.vocabulary} tokens, the model {host.config.vocabulary}')
-  return host
-
-
-def _open_gguf(path: str, wanted: Wanted) -> Host:
-  file = GgufModel(path)
-  try:
-    tokenizer, has_bos = gguf_tokenizer(file.metadata), begins_with_bos(file.metadata)
-    bos, eos = special_text(file.metadata, 'bos'), special_text(file.metadata, 'eos')
-  except UserError as error:
-    raise UserError(f'{path}: {error}') from None
-  source, config = file.metadata.get('tokenizer.chat_template'), file.config(wanted.dtype)
-  template = None if source is None else ChatTemplate(source, bos=bos, eos=eos, where=f'the chat template of {path}')
-  config, params = _load(config, file, wanted)
-  return Host(path, config, inference_model(config), params, tokenizer, file.ends, has_bos, template, file.context)
-
-
-def _open_folder(path: str, wanted: Wanted) -> Host:
-  tokenizer, template = SubwordTokenizer.from_file(os.path.join(path, FILE)), folder_template(path)
-  has_bos = read_tokenizer_config(path).get('add_bos_token')
-  if has_bos is None:                # then tokenizer.json knows
-    has_bos = tokenizer.bos in tokenizer.inner.encode('', add_special_tokens=True).ids[:1]
-  where = os.path.join(path, 'config.json')
-  context = Keys(read_json(where), where).get('max_position_embeddings', int, 0)
-  config, params = _load(*open_tensors(path, dtype=wanted.dtype), wanted)
-  return Host(path, config, inference_model(config), params, tokenizer, end_tokens(path), bool(has_bos), template, context)
+  file = None if os.path.isdir(path) else GgufModel(path)
+  texts = open_texts(path, file)
+  config, tensors = (file.config(dtype), file) if file else open_tensors(path, dtype=dtype)
+  config, params = _load(config, tensors, Wanted(dtype, quantize, tuple(adapters)))
+  words = texts.words
+  if words.tokenizer.vocabulary > config.vocabulary:
+    raise UserError(f'{path}: the tokenizer has {words.tokenizer.vocabulary} tokens, the model {config.vocabulary}')
+  return Host(path, config, inference_model(config), params, words.tokenizer, words.ends, texts.has_bos, words.template, texts.context)
 
 
 def _load(config: ModelConfig, tensors: Tensors, wanted: Wanted) -> tuple[ModelConfig, Any]:

@@ -43,10 +43,13 @@ class Texts(NamedTuple):
     return self.words.ends or tuple(self.special[name] for name in ('eos',) if name in self.special)
 
 
-def open_texts(path: str) -> Texts:
-  """The texts of the model in a GGUF file or a Hugging Face folder. Raises UserError for what cannot be read exactly."""
+def open_texts(path: str, file: GgufModel | None = None) -> Texts:
+  """The texts of the model in a GGUF file (`file`, where it is open) or a Hugging Face folder.
+
+  Raises UserError for what cannot be read exactly.
+  """
+  if not os.path.isdir(path): return _gguf_texts(path, file or GgufModel(path))
   words = open_words(path)
-  if not os.path.isdir(path): return _gguf_texts(GgufModel(path), words)
   where, inner = os.path.join(path, 'config.json'), words.tokenizer.inner
   tree, beside = read_json(where), read_tokenizer_config(path)
   special = {}
@@ -61,13 +64,16 @@ def open_texts(path: str) -> Texts:
   return Texts(words, bool(has_bos), context, special, _licence(path), path, tree)
 
 
-def _gguf_texts(file: GgufModel, words: Words) -> Texts:
+def _gguf_texts(path: str, file: GgufModel) -> Texts:
+  words = open_words(path, file)
+  try: has_bos = begins_with_bos(file.metadata)
+  except UserError as error: raise UserError(f'{path}: {error}') from None
   found = {name: file.metadata.get(f'{PREFIX}{theirs}_token_id') for name, theirs in SPECIAL.items()}
   special = {name: token for name, token in found.items() if type(token) is int}
   keys = {key: value for key, value in file.file.typed.items() if key.startswith('tokenizer.')}
   licence = file.metadata.get('general.license')
   licence = licence if isinstance(licence, str) and re.fullmatch(NAME, licence) else ''
-  return Texts(words, begins_with_bos(file.metadata), file.context, special, licence, keys=keys)
+  return Texts(words, has_bos, file.context, special, licence, keys=keys)
 
 
 def own_texts(tokenizer: Any, context: int, words: Words | None = None) -> Texts:

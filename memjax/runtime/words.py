@@ -30,13 +30,15 @@ class Words(NamedTuple):
     return tuple(dict.fromkeys(text for text in found if text))
 
 
-def open_words(path: str) -> Words:
-  """The words of the model in a GGUF file or a Hugging Face folder, or of that name on the hub. Raises UserError for what cannot
-  be read exactly."""
+def open_words(path: str, file: GgufModel | None = None) -> Words:
+  """The words of the model in a GGUF file (`file`, where it is open) or a Hugging Face folder, or of that name on the hub.
+
+  Raises UserError for what cannot be read exactly.
+  """
   path = local_model(path)
   if os.path.isdir(path):
     return Words(SubwordTokenizer.from_file(pathlib.Path(path) / FILE), folder_template(path), end_tokens(path))
-  file = GgufModel(path)
+  file = file or GgufModel(path)
   try:
     tokenizer = gguf_tokenizer(file.metadata)
     bos, eos = special_text(file.metadata, 'bos'), special_text(file.metadata, 'eos')
