@@ -273,3 +273,17 @@ def test_mesh(name):
   rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('data'))
   actual = jax.block_until_ready(c.run(c.params, *jax.device_put((x, state, position), rows)))
   close(jax.device_get(actual), jax.device_get(expected))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', sorted(FULL))
+def test_pieces(name):
+  """Mesh, with the tokens of a row on two devices: the same reads, and a state that goes on as well."""
+  c, cut = case(name), L - 1
+  def read(x, position):
+    y, state = c.run(c.params, x[:, :cut], c.state, position[:, :cut])
+    return y, c.run(c.params, x[:, cut:], state, position[:, cut:])[0]
+  expected = read(c.x, c.position)
+  mesh = jax.make_mesh((1, 1, 2), ('data', 'fsdp', 'sequence'), devices=jax.devices()[:2], axis_types=(jax.sharding.AxisType.Auto,) * 3)
+  with jax.set_mesh(mesh): actual = jax.block_until_ready(read(c.x, c.position))
+  close(jax.device_get(actual), jax.device_get(expected))
