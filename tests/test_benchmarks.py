@@ -8,7 +8,21 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import banks, common, decode, decode_host, holographic, language, language_models, recall, recall_rows, routed
+from benchmarks import (
+  banks,
+  common,
+  decode,
+  decode_host,
+  holographic,
+  language,
+  language_models,
+  recall,
+  recall_rows,
+  report,
+  report_scaling,
+  routed,
+  scaling,
+)
 from tests.adapters.gguf_files import write_case
 
 ABSENT = ('ml_collections', 'grain', 'orbax', 'tokenizers', 'tensorboardX')
@@ -44,6 +58,20 @@ def test_forms_of_the_benchmark_agree():
       function, arguments = holographic.mixing_job(holographic.Mixing('hrr', transform, form), size, 'float32', backward=False)
       results.append(np.asarray(jax.jit(function)(*arguments)))
   assert all(np.allclose(r, results[0], atol=1e-5 * np.abs(results[0]).max()) for r in results) and np.abs(results[0]).max() > 0.1
+
+
+@pytest.mark.slow
+def test_scaling(tmp_path):
+  path = tmp_path / 's.json'
+  scaling.main(['--small', '--parts', 'weak,long', '--presets', 'dp', '--pattern', 'near', '--long_pattern', 'near', '--output', str(path)])
+  rows = {(row['part'], row['preset']): row for row in check(path, 'scaling')['rows']}
+  assert list(rows) == [('one', 'dp'), ('weak', 'dp'), ('long', 'dp'), ('long', 'sequence_parallel')]
+  weak, pieces = rows['weak', 'dp'], rows['long', 'sequence_parallel']
+  one = rows['one', 'dp']
+  assert weak['devices'] == 4 and weak['rows'] == 4 * one['rows'] and weak['loss'] == pytest.approx(one['loss'], rel=.05)
+  assert pieces['loss'] == pytest.approx(rows['long', 'dp']['loss'], rel=1e-2) and pieces['collectives']['collective-permute'] > 0
+  assert weak['efficiency'] == pytest.approx(weak['times_one'] / 4, rel=1e-3)
+  assert report_scaling.scaling(json.loads(path.read_text()), report.table, report.cell)
 
 
 def test_holographic_targets_compare_the_named_rows():
