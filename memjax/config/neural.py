@@ -87,13 +87,16 @@ class NeuralRuleConfig:
 @config
 class NeuralGatesConfig:
   """Step size, momentum and forgetting of each token and head (specification section 4)."""
-  theta_base: float = option(0.0, 'largest step size before the divisors; 0 = 4 for networks with residual, 1 for others', low=0.0)
+  theta_base: float = option(0.0, 'largest step size before the divisors; 0 = 4 for networks with residual, 1 for others; '
+                             'gram .7 and .3', low=0.0)
   theta_bias: float = option(0.0, 'logit of the step size at initialisation')
-  theta_norm: str = option('', "divide step sizes by the chunk length; '' = chunk, in mode exact none", choices=('', 'chunk', 'none'))
+  theta_norm: str = option('', "divide step sizes by the chunk length; '' = chunk, in mode exact none; gram: by what the inputs of each "
+                           'layer have in common with those of the chunk so far (mode token)', choices=('', 'chunk', 'none', 'gram'))
   theta_momentum_norm: bool = option(True, 'times 1 - eta, so that the effect of a gradient does not depend on the momentum')
   theta_raw: bool = option(False, 'theta = theta_base sigmoid(.) and nothing else')
   eta_bias: float = option(2.197, 'logit of the momentum at initialisation (0.9)')
   alpha_bias: float = option(0.0, 'logit of the forgetting at initialisation; 0 = spread over heads from -4 to -8, -6 for decay_to zero')
+  row_factor: bool = option(False, 'the steps of a chunk count for 1 / t + a learned number after t of its tokens (TTT; mode token)')
 
   def __post_init__(self):
     refuse(self.theta_raw and self.theta_norm != '', f'theta_norm={self.theta_norm!r} does not apply to theta_raw')
@@ -107,6 +110,7 @@ class NeuralWriteConfig:
   window: int = option(1, 'tokens whose gradients each step follows, taken at one anchor (omega rule; mode token)', low=1)
   per_tensor: bool = option(False, 'a learned factor in (0, 2) on the step size for each fast tensor (not in mode exact)')
   refresh: int = option(0, 'mode chunk_gates: chunks between the weights at which gradients are taken; 0 = always the learned start', low=0)
+  detach: int = option(0, 'chunks of a call after which outer gradients stop flowing into the memory; 0 = they never stop', low=0)
 
 
 @config
@@ -202,6 +206,10 @@ class NeuralConfig:
     refuse(write.window > 1 and rule.mode != 'token', f"write.window={write.window} needs rule.mode='token', not {rule.mode!r}")
     refuse(write.window > self.chunk, f'write.window={write.window} reaches back beyond one chunk={self.chunk}')
     refuse(write.per_tensor and rule.mode == 'exact', "write.per_tensor does not apply to rule.mode='exact'")
+    refuse(gates.theta_norm == 'gram' and (rule.mode != 'token' or write.window > 1 or write.pairs > 1),
+           "gates.theta_norm='gram' needs rule.mode='token' with write.window=1 and write.pairs=1")
+    constant = rule.mode == 'token' and rule.momentum == 'none' and not rule.forget
+    refuse(gates.row_factor and not constant, "gates.row_factor needs rule.mode='token', rule.momentum='none' and no rule.forget")
     self._check_whole()
     self._check_tnt()
     refuse(net.has_residual and self.value_width not in (0, self.key_width), 'value_width must be key_width in the residual form of net')

@@ -81,7 +81,8 @@ class Neural(NeuralStep):
     slots, halo, tokens, found, query, tail = jax.checkpoint(prepare)(state, inputs, old.tail)      # elementwise, cheap to do again
     chunks = Chunk(query, tokens, found, jnp.swapaxes(layout.full, 0, 1), jnp.swapaxes(layout.fresh, 0, 1))
     e = self.config.exec
-    memory, (y, told) = scan_chunks(self.rule, start, self.carried(state), chunks, group=e.group, unroll=e.unroll)
+    memory, (y, told) = scan_chunks(self.rule, start, self.carried(state), chunks, group=e.group, unroll=e.unroll,
+                                    detach=self.config.write.detach)
     y_BxLxE = self._flat(self._back(y, layout))
     told = Told(*(self._back(a[..., None], layout)[..., 0] for a in told))
     new = state.replace(slot_B=layout.slot, tail=tail, running_BxHxY=self._running(state, told, real_BxL, reset_BxL))
@@ -92,7 +93,10 @@ class Neural(NeuralStep):
 
   def coefficients(self, gates: Gates) -> Coefficients:
     """The coefficients of chunks."""
-    return coefficients(self.rule.momentum, gates, inside=not self.is_block, window=self.reach[1] + 1, pairs=self.rule.pairs)
+    made = coefficients(self.rule.momentum, gates, inside=not self.is_block, window=self.reach[1] + 1, pairs=self.rule.pairs)
+    if not self.config.gates.row_factor: return made
+    share_HxC = self.row_factor()
+    return made._replace(weigh=made.weigh * share_HxC[None, None, :, :, None], push=made.push * share_HxC[None, None, :, None, -1:])
 
   def carried(self, state: NeuralState) -> Any:
     """What the scan over chunks hands on."""

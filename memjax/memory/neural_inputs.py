@@ -115,11 +115,12 @@ class NeuralProjections(nn.Module):
     c, (_, K, _) = self.config, self.shape
     g = c.gates
     residual = c.net.has_residual and c.rule.mode != 'exact'
-    base = g.theta_base or (4.0 if residual else 1.0)
+    gram = g.theta_norm == 'gram'
+    base = g.theta_base or ((0.7 if residual else 0.3) if gram else 4.0 if residual else 1.0)
     if g.theta_raw: return base
     by_chunk = g.theta_norm == 'chunk' or (g.theta_norm == '' and c.rule.mode != 'exact')
     many = c.chunk * c.write.pairs * c.write.window                     # gradients that the steps of a chunk follow
-    scale = base / ((many if by_chunk else 1) * (1 if c.proj.qk_norm == 'l2' else K))
+    scale = base / ((many if by_chunk else 1) * (1 if gram or c.proj.qk_norm == 'l2' else K))
     return scale * (1 - gate['eta']) if g.theta_momentum_norm and 'eta' in gate else scale
 
   def unpack(self, gate: jax.Array) -> Gates:

@@ -75,6 +75,7 @@ class NeuralStep(Memory):
     make = lambda name, shape: self.param(name, partitioned(init(shape), ('heads', *(None,) * len(shape))), (H, *shape))
     self.fast = {name: make(f'start_{name}', shape) for name, shape in net.fast.items()}
     self.slow = {name: make(f'slow_{name}', shape) for name, shape in net.slow.items()}
+    if c.gates.row_factor: self.row = self.param('row', partitioned(nn.initializers.zeros_init(), ('heads', None)), (H, c.chunk))
     if c.proj.out_norm: self.scale = self.param('scale', partitioned(nn.initializers.ones_init(), ('heads',)), (H * V,))
     if c.proj.out_gate: self.out_gate = Linear(H * V, ('embed', 'heads'), name='out_gate', **shared)
     self.out = Linear(self.width, ('heads', 'embed'), zero=self.grafted, name='out', **shared)
@@ -97,7 +98,7 @@ class NeuralStep(Memory):
     argument = r.loss_argument or {'huber': 1.0, 'lp': 3.0}.get(r.loss, 0.0)
     return ops.Rule(network, r.mode, r.loss, scale, argument, r.momentum, r.decay_to, r.read, r.grad_at, r.clip, r.clip_kind,
                     r.first_order, c.exec.solver, c.net.weight_norm, self.dtype, c.write.pairs,
-                    c.write.refresh)
+                    c.write.refresh, c.gates.theta_norm == 'gram')
 
   @property
   def order(self) -> str:
@@ -198,9 +199,8 @@ class NeuralStep(Memory):
                   keep(old.key_BxCxHxK, items.key), keep(old.value_BxCxHxV, items.value), keep(old.gate_BxCxGxH, items.gate),
                   where_rows(written_B, push, old.push_BxHxQxC),
                   where_rows(written_B, turn - jnp.eye(turn.shape[-1], dtype=turn.dtype)[None, None], old.turn_BxHxQxQ))
-    seen = new if rule.read == 'after' else old
-    y_BxE = self._flat(self.read_pending(state.replace(pending=seen), items.query))[:, 0]
-    state = state.replace(pending=new, slot_B=jnp.where(written_B, state.slot_B + 1, state.slot_B))
+    before_it, state = state, state.replace(pending=new, slot_B=jnp.where(written_B, state.slot_B + 1, state.slot_B))
+    y_BxE = self._flat(self.read_pending(state if rule.read == 'after' else before_it, items.query))[:, 0]
     full_B = state.slot_B == C
     state = jax.lax.cond(jnp.any(full_B), lambda state: self._committed(state, start, full_B), lambda state: state, state)
     return state, y_BxE, tell(rule, found, 1)
@@ -208,7 +208,13 @@ class NeuralStep(Memory):
   def _one_gradient(self, state, start, tokens):
     """The factors of one token, at the weights where the mode takes them."""
     rule = self.rule
-    if rule.mode != 'exact': return ops.factors(rule, ops.anchor(start, state.fast), start.slow, tokens)
+    if rule.mode != 'exact':
+      found = ops.factors(rule, ops.anchor(start, state.fast), start.slow, tokens)
+      if not rule.gram: return found
+      past = self.projections.unpack(jnp.moveaxis(state.pending.gate_BxCxGxH, (2, 3), (0, 2)))
+      seen, own = (weights(past) > 0)[:, :, None], (tokens.weight > 0)[..., None]
+      size = lambda a, ring: ops.overlap(a, ring, seen) + ops.overlap(a, a, own)
+      return ops.divided(found, {name: size(a, state.pending.a[name]) for name, a in found.a.items()})
     pairs = tokens.weight.shape[-1]
     past = ops.read_tokens(rule, start, state.fast, tokens.key, found=state.pending.factors(), coefficients=state.pending.reads(pairs))
     return ops.online_factors(rule, start, tokens, past, weigh=jnp.zeros((*tokens.weight.shape, pairs), tokens.weight.dtype))
@@ -216,7 +222,7 @@ class NeuralStep(Memory):
   def _committed(self, state, start, full_B):
     """The pending tokens of full rows moved into their weights."""
     pending, (pairs, before) = state.pending, self.reach
-    fast = ops.commit(self.rule, start, state.fast, found=pending.factors(), coefficients=pending.reads())
+    fast = ops.commit(self.rule, start, state.fast, found=pending.factors(), coefficients=self._reads(state))
     empty, halo = jax.tree.map(jnp.zeros_like, pending), state.halo
     if before:
       last = lambda a: a[:, -before:]
@@ -249,8 +255,20 @@ class NeuralStep(Memory):
     start = self.start(query.shape[0])
     if self.is_block: return self.read_anchor(state, query_BxLxHxK)
     y = ops.read_tokens(self.rule, start, state.fast, query, found=state.pending.factors(),
-                        coefficients=state.pending.reads(query.shape[2]))
+                        coefficients=self._reads(state, query.shape[2]))
     return jnp.swapaxes(y, 1, 2)
+
+  def _reads(self, state, length=1):
+    """The coefficients of tokens that read the weights after all pending ones."""
+    made = state.pending.reads(length)
+    if not self.config.gates.row_factor: return made
+    share_BxH = jnp.take(self.row_factor(), jnp.maximum(state.slot_B - 1, 0), axis=1).T
+    return made._replace(weigh=made.weigh * share_BxH[..., None, None], push=made.push * share_BxH[..., None, None])
+
+  def row_factor(self) -> jax.Array:
+    """What all steps of a chunk count for after each number of tokens, [H, C]: max(0, 1 / t + learned), as in TTT."""
+    row = self.row.astype(self.state_dtype)
+    return jnp.maximum(1 / jnp.arange(1, row.shape[1] + 1, dtype=row.dtype)[None] + row, 0)
 
   def read_anchor(self, state: NeuralState, query_BxLxHxK: jax.Array) -> jax.Array:
     """y [B, L, H, V]: queries read the weights of the chunk's start."""

@@ -27,7 +27,8 @@ class Rule:
   'soft' (1 / (1 + N / clip)); `first_order` (not in mode 'exact') takes inner gradients at weights without outer gradient;
   `grad_at` 'decayed' takes the error of mode 'exact' at the decayed memory; `weight_norm` (mode 'block') rescales each column of a
   matrix, where a chunk ends, to its norm at the learned start (LaCT); `pairs`: keys and values of each token; `refresh` (mode
-  'chunk_gates'): chunks between the weights at which gradients are taken, 0 = always the learned ones."""
+  'chunk_gates'): chunks between the weights at which gradients are taken, 0 = always the learned ones; `gram` (mode 'token'): each
+  gradient is divided by what its inputs have in common with those of the chunk so far (`overlap`)."""
   network: Network
   mode: str = 'token'
   loss: str = 'l2'
@@ -45,6 +46,7 @@ class Rule:
   dtype: Any = jnp.float32
   pairs: int = 1
   refresh: int = 0
+  gram: bool = False
 
   @property
   def levels(self) -> int:
@@ -231,7 +233,11 @@ def finish(rule: Rule, start: Weights, memory: dict) -> dict:
 
 def find_factors(rule: Rule, start: Weights, memory: dict, tokens: Tokens, *, coefficients: Coefficients) -> Factors:
   """The gradients of a chunk where the mode takes them: at the anchor, or at W_{t-1} of each token by one triangular solve."""
-  if rule.mode != 'exact': return factors(rule, anchor(start, memory), start.slow, tokens)
+  if rule.mode != 'exact':
+    found = factors(rule, anchor(start, memory), start.slow, tokens)
+    if not rule.gram: return found
+    seen = (jnp.tril(jnp.ones((tokens.weight.shape[-1],) * 2, bool))[None, None] & (tokens.weight > 0)[:, :, None])
+    return divided(found, {name: overlap(a, a, seen) for name, a in found.a.items()})
   value = tokens.value.astype(tokens.weight.dtype)
   nothing = Factors(_linear_inputs(rule, tokens), {name: jnp.zeros_like(value) for name in memory}, *[tokens.weight] * 3)
   before = read_before(coefficients)
@@ -239,6 +245,18 @@ def find_factors(rule: Rule, start: Weights, memory: dict, tokens: Tokens, *, co
     before = before._replace(reach=jnp.repeat(before.reach, rule.pairs, -1), weigh=jnp.repeat(before.weigh, rule.pairs, -2))
   past = read_tokens(rule, start, memory, tokens.key, found=nothing, coefficients=before)
   return online_factors(rule, start, tokens, past, weigh=before.weigh)
+
+
+def overlap(a: jax.Array, past: jax.Array, seen: jax.Array) -> jax.Array:
+  """sum_j |a_t . past_j| over the tokens j that `seen` [B, H, C, P] shows to each token t, [B, H, C], without gradient: a row sum that
+  bounds what gradients at one anchor add up to, whatever the keys."""
+  a, past = (side.astype(jnp.promote_types(jnp.float32, side.dtype)) for side in jax.lax.stop_gradient((a, past)))
+  return jnp.sum(jnp.abs(jnp.einsum('bhti,bhsi->bhts', a, past)) * seen, -1)
+
+
+def divided(found: Factors, size: dict) -> Factors:
+  """The factors with each gradient divided by its `size` [B, H, C] of that tensor."""
+  return found._replace(d={name: d / jnp.maximum(size[name], 1e-6)[..., None] for name, d in found.d.items()})
 
 
 def _linear_inputs(rule, tokens):

@@ -100,17 +100,21 @@ def group_size(count: int, group: int = 0) -> int:
   return min(near, key=lambda size: (-(-count // size) * size - count, abs(math.log(size / root)), size))
 
 
-def scan_chunks(rule: Rule, start: Weights, memory: Any, chunks: Chunk, *, group: int = 0, unroll: int = 0) -> tuple[Any, tuple]:
+def scan_chunks(rule: Rule, start: Weights, memory: Any, chunks: Chunk, *, group: int = 0, unroll: int = 0,
+                detach: int = 0) -> tuple[Any, tuple]:
   """(memory, (y [N, B, H, C, V], told)) of N chunks, leaves leading with N.
 
   Groups of chunks are recomputed in the backward pass, so that memories are kept between groups only; `group` 0 = automatic, -1 =
   keep everything; `unroll`, chunks a step of the compiled loop, 0 = automatic. Chunks added to fill the last group are not complete
-  and change nothing.
+  and change nothing. `detach`: no gradient flows into the memory before every so many chunks, 0 = it does.
   """
   step = whole_chunk if is_whole(rule) else block_chunk if rule.mode == 'block' else token_chunk
-  body = lambda memory, chunk: step(rule, start, memory, chunk)
+  def body(memory, item):
+    number, chunk = item
+    if detach: memory = jax.tree.map(lambda a: jnp.where(number % detach == 0, jax.lax.stop_gradient(a), a), memory)
+    return step(rule, start, memory, chunk)
   count, unroll = chunks.full.shape[0], unroll or (1 if jax.default_backend() == 'cpu' else UNROLL)
-  if group < 0: return jax.lax.scan(body, memory, chunks, unroll=unroll)
+  if group < 0: return jax.lax.scan(body, memory, (jnp.arange(count), chunks), unroll=unroll)
   size = group_size(count, group)
   padded = -(-count // size) * size
   fill = lambda a: jnp.pad(a, [(0, padded - count)] + [(0, 0)] * (a.ndim - 1))
@@ -118,9 +122,9 @@ def scan_chunks(rule: Rule, start: Weights, memory: Any, chunks: Chunk, *, group
   if padded > count: turn = turn.at[count:].add(jnp.eye(rule.levels, dtype=turn.dtype).reshape((1,) * (turn.ndim - 2) + (rule.levels,) * 2))
   chunks = jax.tree.map(fill, chunks)
   chunks = chunks._replace(coefficients=chunks.coefficients._replace(turn=turn))
-  cut = jax.tree.map(lambda a: a.reshape(padded // size, size, *a.shape[1:]), chunks)
+  cut = jax.tree.map(lambda a: a.reshape(padded // size, size, *a.shape[1:]), (jnp.arange(padded), chunks))
   body = jax.checkpoint(body, prevent_cse=False, policy=jax.checkpoint_policies.dots_saveable)
-  piece = jax.checkpoint(lambda memory, chunks: jax.lax.scan(body, memory, chunks, unroll=unroll), prevent_cse=False)
+  piece = jax.checkpoint(lambda memory, items: jax.lax.scan(body, memory, items, unroll=unroll), prevent_cse=False)
   memory, out = jax.lax.scan(piece, memory, cut)
   return memory, jax.tree.map(lambda a: a.reshape(padded, *a.shape[2:])[:count], out)
 

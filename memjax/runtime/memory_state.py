@@ -71,12 +71,18 @@ def merge(config: ModelConfig, states: Sequence[Any], weights: Sequence[float]) 
     own = out[part][layer]
     for name in names:
       kind = config.mixers[name].kind
-      if kind == 'neural': own[name], found = _mean([state[part][layer][name] for state in states], share, name), True
+      if kind == 'neural': own[name], found = _merged([state[part][layer][name] for state in states], share, name), True
       elif kind in LEARNING: raise UserError(f'states of kind {kind!r} (mixer {name}) have no mean; merge is for kind neural')
     if wiring == MAC and own[names[0]].start is not None:
       own[names[0]] = own[names[0]].replace(start={name: levels[0] for name, levels in own[names[1]].fast.items()})
   if not found: raise UserError('merge wants a model with a memory of kind neural')
   return out
+
+
+def _merged(states: list, share: np.ndarray, name: str) -> Any:
+  """The mean of states of one memory; local memories of mode tnt begin anew."""
+  if not hasattr(states[0], 'whole'): return _mean(states, share, name)
+  return jax.tree.map(jnp.zeros_like, states[0]).replace(whole=_mean([state.whole for state in states], share, name))
 
 
 def _mean(states: list, share: np.ndarray, name: str) -> Any:

@@ -9,7 +9,16 @@ import pytest
 from flax import linen as nn
 
 from memjax.config.banks import for_inference
-from memjax.config.neural import NeuralConfig, NeuralExecConfig, NeuralNetConfig, NeuralRuleConfig
+from memjax.config.neural import (
+  NeuralConfig,
+  NeuralExecConfig,
+  NeuralGatesConfig,
+  NeuralLocalsConfig,
+  NeuralNetConfig,
+  NeuralProjConfig,
+  NeuralRuleConfig,
+  NeuralWriteConfig,
+)
 from memjax.memory.registry import make_memory
 from memjax.ops.neural import Rule
 from memjax.ops.neural_nets import Network
@@ -49,13 +58,19 @@ def test_reading_alone_leaves_the_state_bit_equal(memory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('mode', ['token', 'exact', 'block', 'muon'])
+@pytest.mark.parametrize('mode', ['token', 'exact', 'block', 'muon', 'omega', 'gram', 'attention', 'chunk_gates', 'tnt'])
 def test_every_prefix_then_steps(mode):
   """A prompt of any length, then token by token, is one call: outputs and final state, ragged rows, in float64."""
   length = 4 * C + 3
   with jax.enable_x64():
-    rule = NeuralRuleConfig(mode='block', momentum='muon') if mode == 'muon' else NeuralRuleConfig(mode=mode)
-    config = dataclasses.replace(BASE, rule=rule, net=NeuralNetConfig(kind='linear' if mode == 'exact' else 'mlp'))
+    rule = {'muon': NeuralRuleConfig(mode='block', momentum='muon'), 'attention': NeuralRuleConfig(mode='block')}.get(
+        mode, NeuralRuleConfig(mode='token' if mode in ('omega', 'gram') else mode))
+    more = {'omega': dict(write=NeuralWriteConfig(window=3, pairs=2, per_tensor=True)),
+            'gram': dict(gates=NeuralGatesConfig(theta_norm='gram')),
+            'chunk_gates': dict(gates=NeuralGatesConfig(theta_raw=True, theta_base=.1), write=NeuralWriteConfig(refresh=2)),
+            'tnt': dict(locals=NeuralLocalsConfig(chunks=(2, 4), shard=8))}.get(mode, {})
+    kind = {'exact': 'linear', 'attention': 'attention'}.get(mode, 'mlp')
+    config = dataclasses.replace(BASE, rule=rule, net=NeuralNetConfig(kind=kind), **more)
     module = make_memory(config, D, dtype=jnp.float64)
     x = jax.random.normal(jax.random.key(1), (B, length, D), jnp.float64)
     position = jnp.broadcast_to(jnp.arange(length)[None], (B, length))
@@ -75,6 +90,43 @@ def test_every_prefix_then_steps(mode):
       _, state = call(x, module.init_state(B), position, mask)
       close(jax.tree.map(lambda a: a[0], state), jax.tree.map(lambda a: a[0], states[n]), 1e-10)
       close(jax.tree.map(lambda a: a[1], state), jax.tree.map(lambda a: a[1], states[n - 1]), 1e-10)
+
+
+@pytest.mark.slow
+def test_ttt_by_hand():
+  """One matrix, no momentum, no forgetting: inside a chunk W_t = W - r_t sum_i theta_i k_i (k_i W - v_i), r_t = max(0, 1/t + learned)."""
+  config = dataclasses.replace(BASE, rule=NeuralRuleConfig(momentum='none', forget=False), gates=NeuralGatesConfig(row_factor=True),
+                               proj=NeuralProjConfig(conv_width=0, activation=''))
+  with jax.enable_x64():
+    module, x = make_memory(config, D, dtype=jnp.float64), jnp.asarray(X, jnp.float64)
+    params = jax.tree.map(lambda a: a.astype(jnp.float64), parameters(module, x[:, :1], module.init_state(B), POSITION[:, :1]))
+    got = jax.jit(lambda x: module.apply(params, x, module.init_state(B), position_BxL=POSITION, method='mix')[0])(x)
+    inputs = module.apply(params, x, POSITION, method='project')
+  p, H, K = params['params'], 2, D // 2
+  query, key, value = (a.reshape(B, L, H, K) for a in np.split(np.asarray(inputs.stream_BxLxE), 3, -1))
+  query, key = (a / np.sqrt((a * a).sum(-1, keepdims=True) + 1e-6) for a in (query, key))
+  theta, want, row = np.asarray(inputs.gate_BxLxGxH)[:, :, 0], np.zeros((B, L, H, K)), np.asarray(p['row'])
+  for b, h in np.ndindex(B, H):
+    w = np.asarray(p['start_w_0'])[h]
+    for t in range(L):
+      if t % C == 0: held, total = w, np.zeros((K, K))
+      total = total + theta[b, t, h] * np.outer(key[b, t, h], key[b, t, h] @ held - value[b, t, h])
+      w = held - max(0, 1 / (t % C + 1) + row[h, t % C]) * total
+      want[b, t, h] = query[b, t, h] @ w
+  np.testing.assert_allclose(np.asarray(got).reshape(want.shape), want, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_detached_chunks():
+  """No outer gradient from a chunk into the chunks before it; values as without."""
+  alone = make_memory(dataclasses.replace(BASE, write=NeuralWriteConfig(detach=1), proj=NeuralProjConfig(conv_width=0)), D)
+  linked = make_memory(dataclasses.replace(BASE, proj=NeuralProjConfig(conv_width=0)), D)
+  params = parameters(alone, X[:, :1], alone.init_state(B), POSITION[:, :1])
+  def run(module): return jax.jit(jax.value_and_grad(
+      lambda x: module.apply(params, x, module.init_state(B), position_BxL=POSITION)[0][:, C:2 * C].sum()))(X)
+  (value, grad), (want, flows) = run(alone), run(linked)
+  np.testing.assert_allclose(value, want, rtol=1e-6)
+  assert not np.asarray(grad[:, :C]).any() and np.asarray(grad[:, C:2 * C]).any() and np.asarray(flows[:, :C]).any()
 
 
 def test_the_start(memory):

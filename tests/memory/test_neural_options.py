@@ -19,6 +19,7 @@ EXACT = {**MATRIX, 'rule.mode': 'exact'}
 CLIP, BLOCK, HUBER = {'rule.clip': 0.01}, {'rule.mode': 'block'}, {'rule.loss': 'huber'}
 LOW, RAW = {'net.kind': 'low_rank'}, {'gates.theta_raw': True}
 TNT = {'rule.mode': 'tnt', 'locals.chunks': (3,), 'locals.shard': 6}
+TTT = {'rule.momentum': 'none', 'rule.forget': False}
 GATED = {**RAW, 'rule.mode': 'chunk_gates', 'rule.momentum': 'none'}
 GELU, SECOND = {'net.activation': 'gelu'}, {'rule.momentum': 'second'}
 
@@ -42,12 +43,13 @@ TABLE = [
     ({'rule.grad_at': 'decayed'}, 'output', EXACT), (CLIP, 'output', {}), ({'rule.clip_kind': 'soft'}, 'output', CLIP),
     ({'rule.first_order': True}, 'grads', {}),
     ({'gates.theta_base': 1.0}, 'output', {}), ({'gates.theta_bias': 1.0}, 'start', {}), ({'gates.theta_norm': 'none'}, 'output', {}),
+    ({'gates.theta_norm': 'gram'}, 'output', {}),
     ({'gates.theta_norm': 'chunk'}, 'output', {'gates.theta_norm': 'none'}), ({'gates.theta_momentum_norm': False}, 'output', {}),
     (RAW, 'output', {}), ({'gates.theta_base': 1.0}, 'output', RAW), ({'gates.eta_bias': 1.0}, 'start', {}),
     ({'gates.alpha_bias': -3.0}, 'start', {}),
     ({'write.pairs': 2}, 'shape', {}), ({'write.window': 2}, 'output', {}), ({'write.per_tensor': True}, 'shape', {}),
     ({'write.refresh': 1}, 'output', GATED), ({'rule.mode': 'chunk_gates'}, 'output', {**GATED, 'rule.mode': 'block'}),
-    ({'net.kind': 'attention'}, 'shape', BLOCK),
+    ({'net.kind': 'attention'}, 'shape', BLOCK), ({'write.detach': 1}, 'grads', {}), ({'gates.row_factor': True}, 'shape', TTT),
     (TNT, 'shape', {}), ({'locals.chunks': (1,)}, 'output', TNT), ({'locals.shard': 3}, 'output', TNT),
     ({'locals.project': False}, 'output', TNT),
     ({'proj.conv_width': 0}, 'shape', {}), ({'proj.activation': ''}, 'output', {}), ({'proj.qk_norm': 'rms'}, 'output', {}),

@@ -137,6 +137,25 @@ def test_factors_are_the_gradients():
   assert furthest(found.norm[0, 0], norm) <= 1e-12
 
 
+@pytest.mark.slow
+def test_gram_step_sizes():
+  """In one chunk: the loop with rates 1 / sum_j |a_t . a_j| over writing tokens up to t, layer by layer."""
+  given = rule(gram=True, clip=.5)
+  with jax.enable_x64():
+    (fast, slow), memory, tokens, found = problem(given, L=6)
+    weights = {name: fast[name] + memory[name][:, :, 0] for name in fast}
+    weight = np.where(found.write, found.theta, 0)
+    a = quick(lambda: factors(given, weights, slow, Tokens(*tokens[1:], jnp.asarray(weight), jnp.asarray(weight))).a)()
+    common = {name: np.abs(np.asarray(one) @ np.swapaxes(one, 2, 3)) * np.tril(np.ones((6, 6))) * (weight > 0)[:, :, None]
+              for name, one in a.items()}
+    rate = {name: 1 / np.maximum(one.sum(-1), 1e-6) for name, one in common.items()}
+    out, grads = run(mix, given, ((fast, slow), memory, tokens, found), chunk=8)
+    want, want_grads = run(reference, given, ((fast, slow), memory, tokens, found._replace(rate=rate)), chunk=8)
+  assert furthest(out, want) <= 1e-12
+  assert furthest(grads[:3], want_grads[:3]) <= 1e-10
+  assert furthest(grads[3].theta, want_grads[3].theta) <= 1e-10
+
+
 def test_a_name_used_twice_is_an_error():
   class Twice(Network):
     def __call__(self, ops, x): return ops.linear('w_0', ops.linear('w_0', x))
