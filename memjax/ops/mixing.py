@@ -9,7 +9,8 @@ from memjax.ops.pallas_mixing import choose_chunk, pallas_mix
 from memjax.ops.recurrence import clean, slot_mix
 
 BACKENDS = ('auto', 'xla', 'pallas')
-MATRIX, WIDEST = 16, 128           # the least side of a block that matrix units take; the widest that registers hold
+MATRIX, WIDEST = 16, 128           # the least side of a block that matrix units take; the widest that compiles
+TIMED = 64                         # the most slots and channels a head at which the kernels were timed; wider ones spill registers
 
 
 def holographic_mix(state_BxHxSxK, vectors, address_BxLxHxS, pick_BxLxGxHxS, *, binding: str, transform: str = 'folded',
@@ -18,8 +19,8 @@ def holographic_mix(state_BxHxSxK, vectors, address_BxLxHxS, pick_BxLxGxHxS, *, 
 
   key, value [B, L, H, K] and query [B, L, G, H, K] are in the space of the state; hrr and unitary may leave `transform` dft or fft to
   this op, which then takes them (keys not scaled) and returns the reads in the time domain. backend: xla | pallas (GPUs; a CPU
-  interprets) | auto = pallas for bfloat16 on a GPU wherever it can be had. Other options are those of `slot_mix`, and equal
-  results to rounding. Raises UserError where pallas cannot be had, for the reason that `obstacle` names.
+  interprets) | auto = pallas for bfloat16 on a GPU, up to 64 slots and channels a head, wherever it can be had. Other options are
+  those of `slot_mix`, and equal results to rounding. Raises UserError where pallas cannot be had, for the reason that `obstacle` names.
   """
   key, value, query = vectors
   way = resolve_transform(binding, transform)
@@ -38,7 +39,9 @@ def is_fused(backend: str, query_BxLxGxHxK, address_BxLxHxS, **options) -> bool:
   if backend == 'xla': return False
   reason = obstacle(query_BxLxGxHxK.shape, address_BxLxHxS.shape[-1], **options)
   if backend == 'pallas' and reason: raise UserError(f"backend='pallas' {reason}; use xla or auto")
-  return backend == 'pallas' or (not reason and jax.default_backend() == 'gpu' and query_BxLxGxHxK.dtype == jnp.bfloat16)
+  if backend == 'pallas': return True
+  is_timed = query_BxLxGxHxK.dtype == jnp.bfloat16 and max(query_BxLxGxHxK.shape[-1], address_BxLxHxS.shape[-1]) <= TIMED
+  return not reason and is_timed and jax.default_backend() == 'gpu'
 
 
 def kernel_chunk(slots: int, width: int, *, log_keep=None, chunk: int = 0, floor: float = -20.0, **_) -> int:

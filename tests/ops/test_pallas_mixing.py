@@ -6,7 +6,7 @@ import pytest
 
 from memjax.config.errors import UserError
 from memjax.ops import binding, pallas_mixing
-from memjax.ops.mixing import holographic_mix
+from memjax.ops.mixing import holographic_mix, is_fused
 from tests.ops.inputs import make, quick, truth
 from tests.ops.oracle import relative, rms
 
@@ -124,3 +124,33 @@ def test_what_kernels_cannot_do_is_refused(monkeypatch):
   with pytest.raises(UserError, match='read group'): holographic_mix(state, wide, address, pick, binding='bipolar', backend='pallas')
   monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
   with pytest.raises(UserError, match='powers of two'): mix()
+
+
+def test_auto_takes_kernels_where_they_were_timed(monkeypatch):
+  def auto(K=64, S=8, G=1, dtype=jnp.bfloat16, **more):
+    query, address = jax.ShapeDtypeStruct((2, 64, G, 2, K), dtype), jax.ShapeDtypeStruct((2, 64, 2, S), dtype)
+    return is_fused('auto', query, address, **{'binding': 'phasor', **more})
+  assert not auto()                                              # a CPU would interpret
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  assert auto() and auto(S=64) and auto(binding='bipolar', K=16) and auto(chunk=32)
+  refused = (dict(dtype=jnp.float32), dict(K=128), dict(S=65), dict(K=48), dict(K=16), dict(G=2), dict(binding='none'), dict(chunk=24))
+  assert not any(auto(**more) for more in refused)
+  mesh = jax.make_mesh((2,), ('data',), devices=jax.devices()[:2], axis_types=(jax.sharding.AxisType.Auto,))
+  with jax.set_mesh(mesh): assert not auto()                     # opaque to the compiler, unless each device has rows of its own
+
+
+@pytest.mark.parametrize(('kind', 'S', 'keep'), [('hrr', 8, 'slot'), pytest.param('phasor', 64, 'head', marks=pytest.mark.slow)])
+def test_kernels_lower_for_a_gpu(kind, S, keep, monkeypatch):
+  """To Triton, forward and backward, at the sizes of the benchmark: blocks are powers of two, every operation exists there."""
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  shape = lambda *size, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(size, dtype)
+  B, L, H, K = 2, 1024, 16, 64
+  vectors = (shape(B, L, H, K), shape(B, L, H, K), shape(B, L, 1, H, K))
+  log_keep = shape(B, L, H, 1 if keep == 'head' else S, dtype=jnp.float32)
+  def loss(vectors, slots, log_keep, state, reset):
+    state, y = holographic_mix(state, vectors, *slots, binding=kind, transform='dft' if kind == 'hrr' else 'folded', backend='auto',
+                               log_keep=log_keep, reset_BxL=reset, floor=-2.5)
+    return jnp.sum(state) + jnp.sum(y.astype(jnp.float32))
+  arguments = (vectors, (shape(B, L, H, S), shape(B, L, 1, H, S)), log_keep, shape(B, H, S, K, dtype=jnp.float32), shape(B, L, dtype=bool))
+  text = jax.jit(jax.grad(loss, (0, 1, 2, 3))).trace(*arguments).lower(lowering_platforms=('cuda',)).as_text()
+  assert text.count('xla.gpu.triton') == 4
