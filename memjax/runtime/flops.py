@@ -65,6 +65,7 @@ def _operations(eqn: Any, branch: Callable) -> int:
   if name in REDUCE: return math.prod(eqn.invars[0].aval.shape)
   inner = [_count(part, branch) for part in _inner(eqn.params)]
   if name == 'cond': return branch(inner)
+  if name == 'shard_map': return sum(inner) * eqn.params['mesh'].size             # the program of one device
   return sum(inner) * (eqn.params['length'] if name == 'scan' else 1)
 
 

@@ -13,6 +13,7 @@ from memjax.config.mixers import AttentionConfig
 from memjax.config.schema import Config, MeshConfig, ModelConfig, TrainingConfig
 from memjax.layers.axes import constrain
 from memjax.runtime import sharding
+from memjax.runtime.flops import count_flops
 
 
 @pytest.mark.parametrize('config, shape', [
@@ -92,3 +93,10 @@ def test_bank_parallel_splits_the_chapters_that_have_no_axis():
   placed = sharding.placed(config).mixers
   assert placed == {**mixers, 'some': dataclasses.replace(bank, form=BankFormConfig(axis='fsdp'))}
   assert sharding.placed(dataclasses.replace(config, mesh=MeshConfig(preset='fsdp'))).mixers == mixers
+
+
+def test_operations_of_all_devices_are_counted():
+  x, w = jax.ShapeDtypeStruct((16, 4), jnp.float32), jax.ShapeDtypeStruct((4, 3), jnp.float32)
+  mesh = sharding.make_mesh(MeshConfig())
+  split = jax.shard_map(jnp.dot, mesh=mesh, in_specs=(P('data'), P()), out_specs=P('data'))
+  assert count_flops(split, x, w) == count_flops(jnp.dot, x, w) == 2 * 16 * 4 * 3
