@@ -88,7 +88,8 @@ def test_operations_of_known_functions():
   a, b = jax.ShapeDtypeStruct((3, 4), jnp.float32), jax.ShapeDtypeStruct((4, 5), jnp.float32)
   assert flops.count_flops(lambda a, b: a @ b, a, b) == 2 * 3 * 4 * 5
   assert flops.count_flops(lambda a: jax.lax.scan(lambda c, x: (c * 2 + x, None), a[0], a)[0], a) == 3 * 4 * 2
-  assert flops.count_flops(lambda a: jax.lax.cond(a[0, 0] > 0, lambda a: a + a * a, lambda a: a, a), a) == 24 + 2
+  choose = lambda a: jax.lax.cond(a[0, 0] > 0, lambda a: a + a * a, lambda a: a, a)
+  assert flops.count_flops(choose, a) == 24 + 2 and flops.count_flops(choose, a, branch=min) == 2
   assert flops.count_flops(jax.checkpoint(lambda a: jnp.sum(a)), a) == 12
 
 
