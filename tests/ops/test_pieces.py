@@ -43,7 +43,7 @@ def test_states_are_handed_over_in_order():
     return jnp.concatenate(before, 1), state
   loss = lambda fn: lambda *x: jnp.sum(weight * fn(*x)[0]) + jnp.sum(fn(*x)[1] ** 2)
   with jax.enable_x64():
-    got, want = (jax.value_and_grad(loss(fn), (0, 1, 2))(decay, left, first) for fn in (run, loop))
+    got, want = (jax.jit(jax.value_and_grad(loss(fn), (0, 1, 2)))(decay, left, first) for fn in (run, loop))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12), got, want)
 
 
@@ -61,7 +61,7 @@ def test_pieces_take_turns():
     return s, jnp.concatenate(parts, 1)
   loss = lambda fn: lambda *x: jnp.sum(fn(*x)[0]) + jnp.sum(fn(*x)[1] ** 2)
   with jax.enable_x64():
-    got, want = (jax.value_and_grad(loss(fn), (0, 1))(x, first) for fn in (run, loop))
+    got, want = (jax.jit(jax.value_and_grad(loss(fn), (0, 1)))(x, first) for fn in (run, loop))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12), got, want)
 
 
