@@ -275,8 +275,7 @@ def test_mesh(name):
   close(jax.device_get(actual), jax.device_get(expected))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('name', sorted(FULL))
+@pytest.mark.parametrize('name', [pytest.param(name, marks=[pytest.mark.slow] * (name != 'window')) for name in sorted(FULL)])
 def test_pieces(name):
   """Mesh, with the tokens of a row on two devices: the same reads, and a state that goes on as well."""
   c, cut = case(name), L - 1
