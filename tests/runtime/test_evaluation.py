@@ -8,6 +8,7 @@ import pytest
 
 from memjax.config.errors import UserError
 from memjax.config.mixers import AttentionConfig, HolographicConfig, WindowConfig
+from memjax.config.neural import NeuralConfig, NeuralExecConfig
 from memjax.config.schema import EvaluationConfig, MeshConfig, ModelConfig
 from memjax.data.pipeline import eval_batches
 from memjax.data.tokens import Tokens
@@ -71,7 +72,8 @@ def test_full_attention_does_not_stream():
     evaluation.make_evaluator(model, stream=True)
 
 
-MIXERS = {'attention': AttentionConfig(heads=4), 'window': WindowConfig(heads=4, window=16), 'holographic': HolographicConfig(heads=4)}
+MIXERS = {'attention': AttentionConfig(heads=4), 'window': WindowConfig(heads=4, window=16), 'holographic': HolographicConfig(heads=4),
+          'neural': NeuralConfig(heads=4, chunk=64, exec=NeuralExecConfig(aligned=True))}             # one chunk, so one turn of its loop
 
 
 @pytest.mark.parametrize('name', MIXERS)
@@ -82,6 +84,10 @@ def test_operations_agree_with_xla(name):
   def call(params, token, position): return model.apply({'params': params}, token, model.init_state(1), position_BxL=position)[0]
   measured = jax.jit(call).lower(param_shapes(model)[0], token, token).cost_analysis()['flops']
   assert flops.forward_flops(model, 64) * 64 == pytest.approx(measured, rel=0.05)
+  mixer = getattr(MIXERS[name], 'exec', None)
+  if not hasattr(mixer, 'aligned'): return
+  usual = dataclasses.replace(model.config, mixers={'m': dataclasses.replace(MIXERS[name], exec=NeuralExecConfig())})
+  assert flops.forward_flops(build_decoder(usual), 64) == flops.forward_flops(model, 64)      # token by token is not what is done
 
 
 def test_operations_of_known_functions():
