@@ -12,6 +12,7 @@ from tests.ops.oracle import relative, rms
 
 CASES = {          # binding, transform, keep, order, slots, reset, mask, whether one program takes a row
     'hrr-dft-slot-before': ('hrr', 'dft', 'slot', 'before', 5, True, True, False),
+    'bipolar-head': ('bipolar', '', 'head', 'after', 8, False, True, False),
     'bipolar-head-row': ('bipolar', '', 'head', 'after', 8, True, True, True),
     'phasor-none': ('phasor', '', 'none', 'after', 16, False, False, False),
     'hlb-head-before': ('hlb', '', 'head', 'before', 3, False, True, False),
@@ -20,7 +21,7 @@ CASES = {          # binding, transform, keep, order, slots, reset, mask, whethe
     'phasor-slot-row': ('phasor', '', 'slot', 'after', 4, False, False, True),
     'bipolar-static-head': ('bipolar', '', 'static_head', 'after', 4, True, False, False),
 }
-QUICK = ('hrr-dft-slot-before', 'bipolar-head-row')
+QUICK = ('hrr-dft-slot-before', 'bipolar-head')
 
 
 def cast(tree, dtype):
@@ -28,7 +29,7 @@ def cast(tree, dtype):
   return jax.tree.map(lambda x: x.astype(dtype) if isinstance(x, np.ndarray) and x.dtype.kind == 'f' else x, tree)
 
 
-def items(name, *, L=11, K=8):
+def items(name, *, L=15, K=8):
   """(vectors, arguments of `slot_mix` without bound, options) of a case."""
   kind, transform, keep, order, S, reset, mask, _ = CASES[name]
   (state, _, address, pick), options = make(keep=keep, L=L, S=S, K=K, reset=reset, mask=mask)
@@ -67,7 +68,7 @@ def run(vectors, arguments, options, *, backends=('xla', 'pallas'), compiled=qui
 
 @pytest.mark.parametrize('name', [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CASES])
 def test_kernels_equal_the_loop(name, monkeypatch):
-  """Outputs, final state and all gradients, with resets, masks, a carried state, rows that no segment divides."""
+  """Outputs, final state and all gradients, with resets, masks, a carried state, two chunks a segment that do not divide the row."""
   for launch in ('SMALL', 'SPECTRA'):
     monkeypatch.setattr(pallas_mixing, launch, pallas_mixing.SMALL._replace(programs=1 if CASES[name][-1] else 8))
   vectors, arguments, options = items(name)
@@ -83,7 +84,7 @@ def test_no_gradient_crosses_a_reset(monkeypatch):
   """Exactly zero, also for the keep of the token that starts a document; the state after it does not know the past."""
   monkeypatch.setattr(pallas_mixing, 'SMALL', pallas_mixing.SMALL._replace(programs=8))
   vectors, arguments, options = cast(items('bipolar-head-row'), np.float32)
-  options |= {'mask_BxL': None, 'reset_BxL': np.tile(np.arange(11) == 6, (2, 1))}
+  options |= {'mask_BxL': None, 'reset_BxL': np.tile(np.arange(15) == 6, (2, 1))}
   def late(vectors, arguments, log_keep):
     state, y = holographic_mix(arguments[0], vectors, *arguments[1:], **{**options, 'log_keep': log_keep}, chunk=4, backend='pallas')
     return jnp.sum(state ** 2) + jnp.sum(y[:, 6:] ** 2)
