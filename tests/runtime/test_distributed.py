@@ -192,3 +192,14 @@ def test_sigterm_to_one_process_saves_in_all(text, tmp_path):
 def test_bad_input_of_a_job_is_one_line_a_process(text, tmp_path):
   err = Job(text, tmp_path / 'run', 2, '--config.evaluation.batch=6').end(2)
   assert '[0] memjax: evaluation.batch=6 does not split over 4 devices' in err and 'Traceback' not in err
+
+
+@pytest.mark.slow
+def test_slurm_is_detected():
+  """Two processes that find each other by what `srun` sets."""
+  code = ('from memjax.runtime import distributed as d; d.maybe_initialize(); import jax; print(jax.process_count(), d.is_leader())')
+  job = {'SLURM_JOB_ID': str(os.getpid()), 'SLURM_STEP_NODELIST': 'localhost', 'SLURM_NTASKS': '2', 'SLURM_STEP_NUM_NODES': '1'}
+  start = lambda rank: subprocess.Popen(python(code), cwd=ROOT, stdout=subprocess.PIPE, text=True, env={
+      **os.environ, **job, 'SLURM_PROCID': str(rank), 'SLURM_LOCALID': str(rank), 'JAX_PLATFORMS': 'cpu'})
+  children = [start(rank) for rank in (0, 1)]
+  assert [child.communicate(timeout=60)[0].splitlines()[-1] for child in children] == ['2 True', '2 False']
