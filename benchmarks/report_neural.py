@@ -96,7 +96,8 @@ def draw_needle(results, figure, styles) -> bool:
 
 def draw_titans(results, figure, styles) -> bool:
   """Validation loss over steps, a panel for each text."""
-  found = {r['benchmark'].partition('-')[2]: r for r in results.values() if r['benchmark'].startswith('titans-')}
+  found = {r['benchmark'].partition('-')[2]: r for r in results.values()
+           if r['benchmark'].startswith('titans-') and r['machine']['platform'] == 'gpu'}
   if not found: return False
   for axes, (name, result) in zip(figure.subplots(1, len(found), squeeze=False)[0], sorted(found.items()), strict=True):
     for row, (colour, marker) in zip(result['rows'], itertools.cycle(styles.values())):
@@ -169,6 +170,18 @@ def titans_sotu_h200(result, _):
           '80 to 110 s to compile, six processes at once, and the time on the card ended. WikiText-2 was not run.')
 
 
-READINGS = {('Learning at test time', 'titans-sotu-h200'): titans_sotu_h200,
+def titans_sotu_cpu(result, _):
+  """What the text on two CPU cores says."""
+  score = {r['model']: f'{r["bits_per_byte"]:.2f}' for r in result['rows']}
+  nll = {r['model']: {how: sum(v) / len(v) for how, v in r['test_nll'].items()} for r in result['rows']}
+  worth = lambda way: f'{(nll["LMM"][way] - nll["LMM"]["carried"]) / math.log(2):.2f}'
+  return (f'A toy, for the one deep memory that could be run: LMM {score["LMM"]}, which has no attention at all, the window alone '
+          f'{score["window"]}, with the linear memory {score["window + linear exact"]}. Frozen, LMM loses {worth("frozen")} bits, switched '
+          f'off {worth("off")}. One seed and {result["rows"][0]["steps"]} steps on parts of the text (the first 3,000,000, 30,000 and '
+          '60,000 characters): no ranking.')
+
+
+READINGS = {('Learning at test time', 'titans-sotu-cpu'): titans_sotu_cpu,
+            ('Learning at test time', 'titans-sotu-h200'): titans_sotu_h200,
             ('Neural memory', 'neural_memory-h200'): h200, ('Needles', 'needle-h200'): needle_h200,
             ('Decoding', 'decode-neural-h200'): decode_neural_h200}
