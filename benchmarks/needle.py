@@ -231,6 +231,7 @@ def arguments(argv):
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
   """Runs, prints and saves the table; returns the result."""
+  common.avoid_crash()
   a, started = arguments(argv), time.perf_counter()
   sizes = dict(width=a.width, layers=a.layers, heads=a.heads, window=a.window, chunk=a.chunk, base=a.base, bias=a.bias,
                lookahead=a.lookahead, vocabulary=VOCABULARY, dtype=a.dtype, embedding=EmbeddingConfig(tie=False, std=0.5))

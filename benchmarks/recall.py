@@ -200,6 +200,7 @@ def run_setting(name: str, setting: Setting, a, save, done: list[dict[str, Any]]
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
   """Runs, prints and saves the tables; returns the result."""
+  common.avoid_crash()
   make = common.parser('recall', __doc__)
   make.add_argument('--settings', type=common.words, default=[], help=f'some of {",".join(SETTINGS)}; default all but preset')
   make.add_argument('--rows', type=lambda text: text.split(';'), default=[], help='names of rows, separated by ;')
