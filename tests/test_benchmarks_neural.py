@@ -1,12 +1,13 @@
 """The benchmarks of memories that learn at test time: tasks that are what they say, models of equal size, toy runs to the end."""
 import functools
+import os
 import time
 
 import jax
 import numpy as np
 import pytest
 
-from benchmarks import decode, join, language, language_models, longstream, needle, neural_models, recall_rows
+from benchmarks import common, decode, join, language, language_models, longstream, needle, neural_models, recall_rows
 from memjax.models.decoder import build_decoder, init_params
 from memjax.runtime.test_time import held, learners
 from tests.test_benchmarks import check, write_text
@@ -149,6 +150,15 @@ def test_the_ratio_of_a_long_stream_is_late_over_early():
   assert found['ratio'] == found['late_us'] / found['early_us'] > 1.5
   form = {'ratio': 1.25}
   assert [t['value'] for t in longstream.targets([{'model': 'x', 'tokens': 9, 'decode': form, 'parallel': form}])] == [0.8, 0.8]
+
+
+def test_only_the_jaxlib_that_crashes_gets_the_flag(monkeypatch):
+  for version, given, flags in (('0.10.2', '--a=1', '--a=1 --xla_cpu_experimental_ynn_fusion_type='), ('0.11.2', '--a=1', '--a=1'),
+                                ('0.10.2', '--xla_cpu_experimental_ynn_fusion_type=2', '--xla_cpu_experimental_ynn_fusion_type=2')):
+    monkeypatch.setattr(jax.lib, '__version__', version)
+    monkeypatch.setenv('XLA_FLAGS', given)
+    common.avoid_crash()
+    assert os.environ['XLA_FLAGS'] == flags
 
 
 @pytest.mark.slow
