@@ -63,8 +63,8 @@ def test_every_prefix_then_steps(mode):
   """A prompt of any length, then token by token, is one call: outputs and final state, ragged rows, in float64."""
   length = 4 * C + 3
   with jax.enable_x64():
-    rule = {'muon': NeuralRuleConfig(mode='block', momentum='muon'), 'attention': NeuralRuleConfig(mode='block')}.get(
-        mode, NeuralRuleConfig(mode='token' if mode in ('omega', 'gram') else mode))
+    own = {'muon': 'block', 'attention': 'block', 'omega': 'token', 'gram': 'token'}.get(mode, mode)
+    rule = NeuralRuleConfig(mode=own, momentum='muon' if mode == 'muon' else 'first')
     more = {'omega': dict(write=NeuralWriteConfig(window=3, pairs=2, per_tensor=True)),
             'gram': dict(gates=NeuralGatesConfig(theta_norm='gram')),
             'chunk_gates': dict(gates=NeuralGatesConfig(theta_raw=True, theta_base=.1), write=NeuralWriteConfig(refresh=2)),
