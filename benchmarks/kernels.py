@@ -95,6 +95,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
   make = common.parser('kernels', __doc__)
   make.add_argument('--lengths', type=common.numbers, default=[2048, 8192, 32768], help='tokens a row; kernels alone at the second')
   a = make.parse_args(argv)
+  a.small |= not common.on_gpu()                 # interpreted elsewhere, which says nothing about time
   bindings, total = ('bipolar', 'hrr'), 64 if a.small else 65536
   lengths = [32] if a.small else a.lengths
   size = lambda L, S=8: Size(max(total // L, 1), L, 2 if a.small else 16, 16 if a.small else 64, S)

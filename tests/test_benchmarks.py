@@ -14,6 +14,7 @@ from benchmarks import (
   decode,
   decode_host,
   holographic,
+  kernels,
   language,
   language_models,
   recall,
@@ -79,6 +80,23 @@ def test_holographic_targets_compare_the_named_rows():
   rows = [row('elementwise chunk', 2.0), row('elementwise chunk slot keep', 1.0), row('attention', 30.0), row('attention', 1.0, B=1),
           row('elementwise associative', 6.0)]
   assert [target['value'] for target in holographic.targets(rows)] == [15.0, 3.0]
+
+
+def test_targets_of_fused_kernels():
+  row = lambda name, L, ms: {'row': name, 'pass': 'both', 'ms': ms, 'L': L, 'S': 8}
+  found = {t['what']: t['value'] for t in holographic.fused_targets([row('elementwise fused', 2048, 1.2), row('attention', 2048, 3.0)])}
+  assert found.pop('elementwise fused: 1.5 ms over those taken, L=2048') == 1.25
+  assert found.pop('elementwise fused L=2048, against cuDNN') == 2.5
+  assert len(found) == 8 and not any(found.values())
+
+
+@pytest.mark.slow
+def test_kernels(tmp_path):
+  path = tmp_path / 'k.json'
+  kernels.main(['--small', '--output', str(path)])
+  saved = check(path, 'kernels')
+  assert {row['kernel'] for row in saved['rows']} == {'all', *kernels.READS} and all(row['ms'] > 0 for row in saved['rows'])
+  assert len(report.kernels(saved)) > len(saved['rows'])
 
 
 @pytest.mark.slow
