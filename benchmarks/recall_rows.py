@@ -88,10 +88,10 @@ def seed(width: int) -> HolographicSeedConfig:
   return HolographicSeedConfig(key_width=width)
 
 
-def neural_exact(heads: int = 8) -> Make:
-  """The neural memory as one matrix a head under the online rule."""
+def neural_exact(heads: int = 8, *, lookahead: bool = False) -> Make:
+  """The neural memory as one matrix a head under the online rule; `lookahead` stores values under the key of the token before."""
   return lambda width: NeuralConfig(heads=heads, chunk=16, net=NeuralNetConfig(kind='linear'), rule=NeuralRuleConfig(mode='exact'),
-                                    exec=NeuralExecConfig(group=-1, aligned=True))
+                                    proj=NeuralProjConfig(lookahead=lookahead), exec=NeuralExecConfig(group=-1, aligned=True))
 
 
 def neural_deep(heads: int = 4, *, base: float = 1.0, bias: float = 0.0, chunk: int = 16, lookahead: bool = False) -> Make:
@@ -135,7 +135,8 @@ PRESET = {                                 # small_state, one thing changed at a
 }
 NEURAL = {
   **{f'neural exact, {n} heads': neural_exact(n) for n in (16, 8, 4, 2)},
-  **{f'neural deep, {n} heads': neural_deep(n) for n in (8, 4, 2)},
+  **{f'neural deep, {n} heads': neural_deep(n) for n in (8, 4, 2)}, 'neural exact, look-ahead': neural_exact(lookahead=True),
+  'neural deep, look-ahead': neural_deep(base=16.0, bias=-3.0, lookahead=True),
 }
 KINDS = {
   'small_state': small_state(), 'holographic': holographic(), 'window 8': window(8), 'attention': attention,
