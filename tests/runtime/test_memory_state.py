@@ -11,11 +11,12 @@ from memjax import generate
 from memjax.config.errors import UserError
 from memjax.config.flags import call
 from memjax.config.mixers import HolographicConfig, WindowConfig
-from memjax.config.neural import NeuralConfig, NeuralExecConfig, NeuralNetConfig
+from memjax.config.neural import NeuralConfig, NeuralExecConfig, NeuralLocalsConfig, NeuralNetConfig, NeuralRuleConfig
 from memjax.config.schema import ModelConfig
 from memjax.data.tokenizers import ByteTokenizer
+from memjax.memory.registry import make_memory
 from memjax.models.decoder import build_decoder
-from memjax.runtime.memory_state import fork, load_state, merge, reset, save_state
+from memjax.runtime.memory_state import _merged, fork, load_state, merge, reset, save_state
 from memjax.runtime.reading import open_run
 from memjax.runtime.sampling import Sampler, Sampling
 from tests.pieces import make_workdir, small_config, write_plays
@@ -133,3 +134,15 @@ def test_what_generate_refuses(tmp_path, capsys):
     assert go(tmp_path, *words) == 2
     err = capsys.readouterr().err
     assert says in err and 'Traceback' not in err
+
+
+def test_local_memories_begin_anew_in_a_mean():
+  """Of mode tnt the large memory has a mean; the local ones, which live for a shard, start again."""
+  config = NeuralConfig(heads=1, chunk=2, net=NeuralNetConfig(kind='linear'), rule=NeuralRuleConfig(mode='tnt'),
+                        locals=NeuralLocalsConfig(chunks=(1,), shard=2))
+  one = jax.tree.map(jnp.ones_like, make_memory(config, 4).init_state(1))
+  states = [jax.tree.map(lambda a, n=n: n * a, one) for n in (1, 4)]
+  states = [state.replace(whole=state.whole.replace(slot_B=jnp.zeros((1,), jnp.int32))) for state in states]
+  mean = _merged(states, np.array([2 / 3, 1 / 3]), 'mem')
+  for leaf in jax.tree.leaves((mean.whole.fast, mean.whole.anchor)): np.testing.assert_allclose(leaf, 2.0, rtol=1e-6)
+  assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves((mean.local, mean.place_B)))
