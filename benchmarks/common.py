@@ -34,16 +34,6 @@ def on_gpu() -> bool:
   return jax.default_backend() in ('gpu', 'cuda', 'rocm')
 
 
-def avoid_crash() -> None:
-  """Turns off, before JAX starts, the fused CPU products with which jaxlib 0.10.2 crashes in training steps of neural memories.
-
-  Seen as a segmentation fault in an Eigen thread with rows of 128 tokens and more; other versions know other flags, and keep theirs.
-  """
-  flags = os.environ.get('XLA_FLAGS', '')
-  if jax.lib.__version__ == '0.10.2' and 'ynn' not in flags:
-    os.environ['XLA_FLAGS'] = f'{flags} --xla_cpu_experimental_ynn_fusion_type='.strip()
-
-
 def compile_case(name: Any, function: Callable, arguments: tuple, **options: Any) -> Case:
   """The compiled case; temporaries are those that XLA plans, arguments and results not counted."""
   lowered = jax.jit(function, **options).lower(*arguments)

@@ -23,6 +23,7 @@ import optax
 from benchmarks import common, language_models, neural_models
 from memjax.data.tokenizers import ByteTokenizer, WordTokenizer
 from memjax.models.decoder import build_decoder, init_params
+from memjax.runtime.workarounds import avoid_crash
 
 
 class Text(NamedTuple):
@@ -250,7 +251,7 @@ def arguments(argv, *, more=None, name: str = 'language', description: str = __d
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
   """Runs, prints and saves the table; returns the result."""
-  common.avoid_crash()
+  avoid_crash()
   a, started = arguments(argv), time.perf_counter()
   texts, vocabulary = read_texts({split: getattr(a, split) for split in ('train', 'valid', 'test')}, a.tokens, a.length * (a.lanes + 2))
   name = 'language' + (f'-{a.name}' if a.name else '')

@@ -28,6 +28,7 @@ import optax
 from benchmarks import common, language_models, neural_models
 from memjax.config.schema import EmbeddingConfig, ModelConfig
 from memjax.models.decoder import build_decoder, init_params
+from memjax.runtime.workarounds import avoid_crash
 
 KINDS = ('passkey', 'number', 'word')
 DIGITS, SENTENCE, WORDS, KEYS, NOISE = 4, 16, 32, 32, 48
@@ -231,7 +232,7 @@ def arguments(argv):
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
   """Runs, prints and saves the table; returns the result."""
-  common.avoid_crash()
+  avoid_crash()
   a, started = arguments(argv), time.perf_counter()
   sizes = dict(width=a.width, layers=a.layers, heads=a.heads, window=a.window, chunk=a.chunk, base=a.base, bias=a.bias,
                lookahead=a.lookahead, vocabulary=VOCABULARY, dtype=a.dtype, embedding=EmbeddingConfig(tie=False, std=0.5))

@@ -22,6 +22,7 @@ import optax
 from benchmarks import common, recall_rows
 from memjax.data.synthetic import mqar
 from memjax.models.decoder import build_decoder, init_params
+from memjax.runtime.workarounds import avoid_crash
 
 
 class Setting(NamedTuple):
@@ -200,7 +201,7 @@ def run_setting(name: str, setting: Setting, a, save, done: list[dict[str, Any]]
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
   """Runs, prints and saves the tables; returns the result."""
-  common.avoid_crash()
+  avoid_crash()
   make = common.parser('recall', __doc__)
   make.add_argument('--settings', type=common.words, default=[], help=f'some of {",".join(SETTINGS)}; default all but preset')
   make.add_argument('--rows', type=lambda text: text.split(';'), default=[], help='names of rows, separated by ;')

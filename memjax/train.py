@@ -247,9 +247,11 @@ def begin(config, values) -> int:
   from memjax.config.codec import to_json
   from memjax.runtime import workdir as folder
   from memjax.runtime.distributed import is_leader, leader_first
+  from memjax.runtime.workarounds import avoid_crash
   workdir, dry, find = values['workdir'], values['dry_run'], values['find_lr']
   if find and jax.process_count() > 1: raise UserError('--find_lr is for a single process')
   if workdir and is_leader(): folder.check_workdir(workdir, {flag: values[flag] for flag in ('resume_from', 'init_from')})
+  if any(mixer.kind == 'neural' for mixer in config.model.mixers.values()): avoid_crash()
   if config.model.dtype == 'float64': jax.config.update('jax_enable_x64', True)
   source = values['resume_from'] or values['init_from']
   with leader_first('workdir'):

@@ -7,9 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import common, decode, join, language, language_models, longstream, needle, neural_models, recall_rows
+from benchmarks import decode, join, language, language_models, longstream, needle, neural_models, recall_rows
 from memjax.models.decoder import build_decoder, init_params
 from memjax.runtime.test_time import held, learners
+from memjax.runtime.workarounds import avoid_crash
 from tests.test_benchmarks import check, write_text
 
 SIZES = dict(width=64, layers=2, heads=2, window=16, chunk=16, vocabulary=needle.VOCABULARY, dtype='float32')
@@ -157,7 +158,7 @@ def test_only_the_jaxlib_that_crashes_gets_the_flag(monkeypatch):
                                 ('0.10.2', '--xla_cpu_experimental_ynn_fusion_type=2', '--xla_cpu_experimental_ynn_fusion_type=2')):
     monkeypatch.setattr(jax.lib, '__version__', version)
     monkeypatch.setenv('XLA_FLAGS', given)
-    common.avoid_crash()
+    avoid_crash()
     assert os.environ['XLA_FLAGS'] == flags
 
 

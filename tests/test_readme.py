@@ -171,12 +171,18 @@ def test_numbers_of_the_readme_are_those_measured():
                     or line.startswith('|---|---|---|---|')]
   lengths = [int(re.sub(r'\D', '', cell)) for cell in head[1:]]
   result = measured('holographic-h200')
+  rows, fused = rows[:len(ROWS)], rows[len(ROWS):]
   assert len(rows) == len(ROWS) and lengths == sorted({row['L'] for row in result['rows']})
   for label, *cells in rows:
     for length, cell in zip(lengths, cells, strict=True):
       [ms] = [r['ms'] for r in result['rows'] if r['L'] == length and r['pass'] == 'both'
               and (r['row'] == ROWS[label] or (r['automatic'] and r['row'].startswith(ROWS[label])))]
       assert cell.strip() == f'{report.cell(ms)} ms', (label, length)
+  kernels = {(row['binding'], row['L']): row['ms'] for row in measured('kernels-h200')['rows']
+             if (row['kernel'], row.get('chunk')) == ('all', 16)}
+  for binding, (label, *cells) in zip(('bipolar', 'hrr'), fused, strict=True):
+    assert ('elementwise' if binding == 'bipolar' else 'convolution') in label
+    assert [cell.strip() for cell in cells] == [f'{report.cell(kernels[binding, length])} ms' for length in lengths]
   first = result['rows'][0]
   assert f'{first["B"] * first["L"]:,} tokens, {first["H"]} heads x {first["K"]}, {first["S"]} slots' in head[0]
 
