@@ -39,6 +39,7 @@ def wired(request):
   return model, random_like(jax.eval_shape(lambda: init_params(model, jax.random.key(0))[0]))
 
 
+@pytest.mark.slow
 def test_no_token_sees_a_later_one_or_another_row(wired):
   model, params = wired
   t = 6                                                   # inside its segment and its chunk

@@ -17,8 +17,8 @@ MODEL = ModelConfig(width=8, hidden=8, vocabulary=11, mixers={'attention': Atten
                     pattern=('attention>mem',), repeats=2)
 
 
-@pytest.mark.parametrize('axis, mesh', [
-    ('model', MeshConfig(data=4, model=2)), pytest.param('fsdp', MeshConfig(data=2, fsdp=4), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('axis, mesh', [('model', MeshConfig(data=4, model=2)), ('fsdp', MeshConfig(data=2, fsdp=4))])
 def test_split_chapters_equal_one_device(axis, mesh):
   split = dataclasses.replace(MODEL, mixers={**MODEL.mixers, 'mem': dataclasses.replace(MEM, form=BankFormConfig(axis=axis))})
   token_BxL, position_BxL = jax.random.randint(jax.random.key(1), (8, 5), 0, 11), jnp.broadcast_to(jnp.arange(5)[None], (8, 5))

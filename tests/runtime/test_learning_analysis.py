@@ -39,6 +39,7 @@ def analysed(tmp_path_factory):
   return found, folder, report
 
 
+@pytest.mark.slow
 def test_figures_are_drawn_where_something_learns(analysed):
   _, folder, report = analysed
   assert {'surprise', 'learning'} <= set(report['figures']) and not {'surprise', 'learning'} & set(report['skipped'])
@@ -49,6 +50,7 @@ def test_figures_are_drawn_where_something_learns(analysed):
   assert replay['delay'][0] == 0 and len(replay['cosine']) == len(replay['control']) and all(-1 <= x <= 1 for x in replay['cosine'])
 
 
+@pytest.mark.slow
 def test_no_token_is_missed(analysed):
   """Documents that begin inside chunks take more chunks than the config has room for."""
   seen = analysed[2]['layers'][1]['learning']
@@ -58,6 +60,7 @@ def test_no_token_is_missed(analysed):
   assert 0 < np.mean(seen['gates']['alpha']) < 0.1 < np.mean(seen['gates']['eta']) < 1
 
 
+@pytest.mark.slow
 def test_weights_move_as_far_as_the_state_says(analysed):
   found, _, report = analysed
   seen = report['layers'][1]['learning']
