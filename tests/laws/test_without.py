@@ -56,7 +56,7 @@ def test_every_memory_is_traced_with_gradients(name):
 @pytest.mark.slow
 def test_the_laws_of_the_default_suite():
   """In a process of its own, with the environment's switch: everything was traced without them from the start."""
-  command = [sys.executable, '-m', 'pytest', 'tests/laws/test_laws.py', '-q', '-m', 'not slow', '-p', 'no:cacheprovider']
+  command = [sys.executable, '-m', 'pytest', 'tests/laws/test_laws.py', '-m', 'not slow', '-p', 'no:cacheprovider']
   done = subprocess.run(command, cwd=Path(__file__).parent.parent.parent, capture_output=True, text=True, check=False,
                         env={**os.environ, 'MEMJAX_TEST_WITHOUT': 'fft,complex,top_k'})
   assert done.returncode == 0 and ' passed' in done.stdout, done.stdout[-2000:]
