@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from memjax.memory.base import both, real_resets, where_rows
 from memjax.memory.neural_inputs import NeuralItems
 from memjax.memory.neural_state import RECENT, RUNNING, NeuralState, NeuralStep, Pending, watched
-from memjax.ops import neural as ops
 from memjax.ops.counts import cumulate
 from memjax.ops.nested_scan import nested_scan
 from memjax.ops.neural_layout import Layout, lay_out, rearrange
+from memjax.ops.neural_reads import find_factors
 from memjax.ops.neural_scan import Chunk, Told, scan_chunks
 from memjax.ops.neural_steps import Coefficients, Gates, coefficients, for_pairs
 
@@ -161,7 +161,7 @@ class Neural(NeuralStep):
     valid = jnp.arange(self.config.chunk)[None] < layout.slot[:, None]
     gates, tokens = self.tokens(kept)
     whole = coefficients(self.rule.momentum, gates, window=before + 1)
-    found = ops.find_factors(self.rule, start, memory, tokens, coefficients=for_pairs(whole, pairs))
+    found = find_factors(self.rule, start, memory, tokens, coefficients=for_pairs(whole, pairs))
     wide, past = self.state_dtype, self.past_factors(start, memory, state.halo) if before else None
     def only(a, first=None):
       a = jnp.where(jnp.repeat(valid, pairs, 1)[:, None, :, None], a.astype(wide), 0)

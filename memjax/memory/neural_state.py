@@ -10,6 +10,7 @@ from memjax.layers.linear import Linear, partitioned
 from memjax.memory.base import Memory, both, real_resets, where_rows
 from memjax.memory.neural_inputs import NeuralInputs, NeuralItems, NeuralProjections
 from memjax.ops import neural as ops
+from memjax.ops import neural_reads as reads
 from memjax.ops.neural_scan import Told, tell
 from memjax.ops.neural_steps import Coefficients, advance, coefficients, for_pairs, steps, weights
 
@@ -213,11 +214,11 @@ class NeuralStep(Memory):
       if not rule.gram: return found
       past = self.projections.unpack(jnp.moveaxis(state.pending.gate_BxCxGxH, (2, 3), (0, 2)))
       seen, own = (weights(past) > 0)[:, :, None], (tokens.weight > 0)[..., None]
-      size = lambda a, ring: ops.overlap(a, ring, seen) + ops.overlap(a, a, own)
-      return ops.divided(found, {name: size(a, state.pending.a[name]) for name, a in found.a.items()})
+      size = lambda a, ring: reads.overlap(a, ring, seen) + reads.overlap(a, a, own)
+      return reads.divided(found, {name: size(a, state.pending.a[name]) for name, a in found.a.items()})
     pairs = tokens.weight.shape[-1]
-    past = ops.read_tokens(rule, start, state.fast, tokens.key, found=state.pending.factors(), coefficients=state.pending.reads(pairs))
-    return ops.online_factors(rule, start, tokens, past, weigh=jnp.zeros((*tokens.weight.shape, pairs), tokens.weight.dtype))
+    past = reads.read_tokens(rule, start, state.fast, tokens.key, found=state.pending.factors(), coefficients=state.pending.reads(pairs))
+    return reads.online_factors(rule, start, tokens, past, weigh=jnp.zeros((*tokens.weight.shape, pairs), tokens.weight.dtype))
 
   def _committed(self, state, start, full_B):
     """The pending tokens of full rows moved into their weights."""
@@ -254,7 +255,7 @@ class NeuralStep(Memory):
     query = jnp.swapaxes(query_BxLxHxK, 1, 2)
     start = self.start(query.shape[0])
     if self.is_block: return self.read_anchor(state, query_BxLxHxK)
-    y = ops.read_tokens(self.rule, start, state.fast, query, found=state.pending.factors(),
+    y = reads.read_tokens(self.rule, start, state.fast, query, found=state.pending.factors(),
                         coefficients=self._reads(state, query.shape[2]))
     return jnp.swapaxes(y, 1, 2)
 
@@ -274,7 +275,7 @@ class NeuralStep(Memory):
     """y [B, L, H, V]: queries read the weights of the chunk's start."""
     memory = {name: (a,) for name, a in state.anchor.items()} if self.is_block else state.fast
     query = jnp.swapaxes(query_BxLxHxK, 1, 2)
-    return jnp.swapaxes(ops.read_anchor(self.rule, self.start(query.shape[0]), memory, query), 1, 2)
+    return jnp.swapaxes(reads.read_anchor(self.rule, self.start(query.shape[0]), memory, query), 1, 2)
 
   def _flat(self, y_BxLxHxV):
     return y_BxLxHxV.reshape(*y_BxLxHxV.shape[:2], -1).astype(self.dtype)

@@ -16,9 +16,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from memjax.ops.neural_exact import solve
-from memjax.ops.neural_nets import Network, Plain, Record, dot, inner_loss, probe_shapes
-from memjax.ops.neural_steps import TURNS, Coefficients, levels, read_before
+from memjax.ops.neural_nets import Network, Record, dot, inner_loss, probe_shapes
+from memjax.ops.neural_steps import TURNS, Coefficients, levels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,64 +124,6 @@ def factors(rule: Rule, weights: dict, slow: dict, tokens: Tokens) -> Factors:
   return Factors(a, d, each, norm, kept)
 
 
-class Dual:
-  """The interpreter of token reads: every layer sees the weights of its token, which are never formed."""
-
-  def __init__(self, rule: Rule, start: Weights, memory: dict, *, found: Factors, coefficients: Coefficients):
-    self.rule, self.start, self.memory, self.found, self.dtype = rule, start, memory, found, rule.dtype
-    self.weigh, self.reach = coefficients.weigh, coefficients.reach
-
-  def _parts(self, name):
-    """(share of each token, tensor) whose sum is the weights of a token before its chunk's writes."""
-    memory, reach = self.memory[name], self.reach
-    parts = [(reach[:, :, q], level) for q, level in enumerate(memory)]
-    if self.rule.decay_to == 'zero': return [(reach[:, :, 0], self.start.fast[name] + memory[0]), *parts[1:]]
-    return [(None, self.start.fast[name]), *parts]
-
-  def linear(self, name, h):
-    """h W_t: one matmul with [W_init, M, D] stacked along its inner axis, or where outputs are narrower than inputs one with
-    [W_init, M] side by side, whose results are weighed."""
-    a, d, parts = self.found.a[name], self.found.d[name], self._parts(name)
-    seen = dot('bhti,bhsi->bhts', h, a, self.dtype) * -self.weigh
-    cast = lambda arrays, axis: jnp.concatenate([array.astype(self.dtype) for array in arrays], axis)
-    right = [tensor for _, tensor in parts]
-    if d.shape[-1] < h.shape[-1]:
-      made = jnp.split(dot('bhti,bhio->bhto', h, cast(right, -1), self.dtype), len(parts), -1)
-      own = sum(z if share is None else z * share[..., None] for z, (share, _) in zip(made, parts, strict=True))
-      return (own + dot('bhts,bhso->bhto', seen, d, self.dtype)).astype(self.dtype)
-    left = [h if share is None else h * share[..., None] for share, _ in parts]
-    return dot('bhti,bhio->bhto', cast([*left, seen], -1), cast([*right, d], 2), self.dtype, wide=False)
-
-  def _vector(self, name):
-    """A fast vector as each token sees it, [B, H, C, width]."""
-    change = dot('bhts,bhso->bhto', self.weigh, self.found.d[name] * self.found.a[name], self.dtype)
-    own = lambda share, tensor: tensor[:, :, None] if share is None else share[..., None] * tensor[:, :, None]
-    return sum(own(*part) for part in self._parts(name)) - change
-
-  def scale(self, name, x):
-    """x (1 + gamma_t)."""
-    return x * (1 + self._vector(name))
-
-  def bias(self, name, x):
-    """x + beta_t."""
-    return x + self._vector(name)
-
-  def slow(self, name):
-    """An ordinary parameter, [H, ...]."""
-    return self.start.slow[name]
-
-
-def read_tokens(rule: Rule, start: Weights, memory: dict, query: jax.Array, *, found: Factors, coefficients: Coefficients) -> jax.Array:
-  """y [B, H, C, V]: token t reads W_init + reach_t M - weigh_t (A, D)."""
-  return rule.network(Dual(rule, start, memory, found=found, coefficients=coefficients), query.astype(coefficients.weigh.dtype))
-
-
-def read_anchor(rule: Rule, start: Weights, memory: dict, query: jax.Array) -> jax.Array:
-  """y [B, H, C, V]: every token reads the weights of `memory`."""
-  wide = jnp.promote_types(jnp.float32, rule.dtype)
-  return rule.network(Plain(anchor(start, memory), start.slow, rule.dtype), query.astype(wide))
-
-
 def commit(rule: Rule, start: Weights, memory: dict, *, found: Factors | dict, coefficients: Coefficients) -> dict:
   """M after the chunk: turn M - push (A, D), for each tensor one matmul of inner size C; `found` may be the sums already, by name."""
   turn, out = coefficients.turn, {}
@@ -229,54 +170,3 @@ def finish(rule: Rule, start: Weights, memory: dict) -> dict:
       weights = (home + weights) * (size(home) / size(home + weights)) - home
     out[name] = (weights, *momenta)
   return out
-
-
-def find_factors(rule: Rule, start: Weights, memory: dict, tokens: Tokens, *, coefficients: Coefficients) -> Factors:
-  """The gradients of a chunk where the mode takes them: at the anchor, or at W_{t-1} of each token by one triangular solve."""
-  if rule.mode != 'exact':
-    found = factors(rule, anchor(start, memory), start.slow, tokens)
-    if not rule.gram: return found
-    seen = (jnp.tril(jnp.ones((tokens.weight.shape[-1],) * 2, bool))[None, None] & (tokens.weight > 0)[:, :, None])
-    return divided(found, {name: overlap(a, a, seen) for name, a in found.a.items()})
-  value = tokens.value.astype(tokens.weight.dtype)
-  nothing = Factors(_linear_inputs(rule, tokens), {name: jnp.zeros_like(value) for name in memory}, *[tokens.weight] * 3)
-  before = read_before(coefficients)
-  if rule.pairs > 1:
-    before = before._replace(reach=jnp.repeat(before.reach, rule.pairs, -1), weigh=jnp.repeat(before.weigh, rule.pairs, -2))
-  past = read_tokens(rule, start, memory, tokens.key, found=nothing, coefficients=before)
-  return online_factors(rule, start, tokens, past, weigh=before.weigh)
-
-
-def overlap(a: jax.Array, past: jax.Array, seen: jax.Array) -> jax.Array:
-  """sum_j |a_t . past_j| over the tokens j that `seen` [B, H, C, P] shows to each token t, [B, H, C], without gradient: a row sum that
-  bounds what gradients at one anchor add up to, whatever the keys."""
-  a, past = (side.astype(jnp.promote_types(jnp.float32, side.dtype)) for side in jax.lax.stop_gradient((a, past)))
-  return jnp.sum(jnp.abs(jnp.einsum('bhti,bhsi->bhts', a, past)) * seen, -1)
-
-
-def divided(found: Factors, size: dict) -> Factors:
-  """The factors with each gradient divided by its `size` [B, H, C] of that tensor."""
-  return found._replace(d={name: d / jnp.maximum(size[name], 1e-6)[..., None] for name, d in found.d.items()})
-
-
-def _linear_inputs(rule, tokens):
-  """The first factors of a linear memory: keys, and ones for its bias."""
-  wide = tokens.weight.dtype
-  return {name: tokens.key.astype(wide) if is_matrix(name) else jnp.ones_like(tokens.value, wide) for name in rule.network.fast}
-
-
-def online_factors(rule: Rule, start: Weights, tokens: Tokens, past: jax.Array, *, weigh: jax.Array) -> Factors:
-  """The gradients of a linear memory at W_{t-1}: `past` is its prediction without the writes of the tokens given, `weigh` [B, H, C, C]
-  (strictly lower) how these reach each other's reads."""
-  net, wide = rule.network, tokens.weight.dtype
-  a, value, key = _linear_inputs(rule, tokens), tokens.value.astype(wide), tokens.key.astype(wide)
-  if rule.grad_at == 'decayed':
-    fixed = 0 if rule.decay_to == 'zero' else net(Plain(start.fast, start.slow, rule.dtype), key)
-    past, weigh = fixed + tokens.keep[..., None] * (past - fixed), weigh * tokens.keep[..., None]
-  rate = 2 * rule.scale * tokens.weight[..., None]
-  gram = dot('bhti,bhsi->bhts', key, key, rule.dtype) + float(net.bias)
-  d = solve(rate * weigh * gram, rate * (past - value), how=rule.solver)
-  unit = d / jnp.where(rate == 0, 1, tokens.weight[..., None])
-  square = jnp.sum(unit * unit, -1)
-  norm = jnp.sqrt(jnp.maximum(square * (jnp.sum(key * key, -1) + float(net.bias)), 1e-24))
-  return Factors(a, dict.fromkeys(a, d), square / (4 * rule.scale), norm, jnp.ones_like(norm))

@@ -1,14 +1,21 @@
-"""The scan of a neural memory over chunks, and over pieces of text: what one chunk does, with rematerialisation by groups."""
+"""The scan of a neural memory over chunks: what one chunk does, and rematerialisation by groups.
+
+Only what the next chunk needs is done one chunk after the other. Reads of tokens wait for the writes of a group: as rows of one call
+they are few and large products.
+"""
+import functools
 import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from memjax.ops.neural import Factors, Rule, Tokens, Weights, commit, factors, find_factors, finish, read_anchor, read_tokens
+from memjax.ops.neural import Factors, Rule, Tokens, Weights, commit, factors, finish
+from memjax.ops.neural_reads import find_factors, prepare, read_anchor, read_prepared
 from memjax.ops.neural_steps import Coefficients, Gates, coefficients, read_before, weights
 from memjax.ops.neural_whole import Whole, is_whole, read_whole, whole_coefficients, write_whole
 
+KEPT = 2 << 30                      # bytes of memories
 UNROLL = 4                           # on an accelerator: fewer copies of what a loop carries (1.2 to 1.4 times faster on an H200)
 
 
@@ -62,14 +69,33 @@ def _emptied(chunk, memory):
   return where_rows(chunk.fresh, jax.tree.map(jnp.zeros_like, memory), memory)
 
 
-def token_chunk(rule: Rule, start: Weights, memory: dict, chunk: Chunk) -> tuple[dict, tuple]:
-  """(memory, (y, told)) of a chunk whose tokens read the exact W_t; only a complete chunk moves the memory."""
+def write_chunk(rule: Rule, start: Weights, memory: dict, chunk: Chunk) -> tuple[dict, tuple]:
+  """(memory, (what its tokens read, told)) of a chunk whose tokens read the exact W_t."""
   memory = _emptied(chunk, memory)
   found = find_factors(rule, start, memory, chunk.tokens, coefficients=chunk.coefficients)
-  seen = read_before(chunk.coefficients) if rule.read == 'before' else chunk.coefficients
-  y = read_tokens(rule, start, memory, chunk.query, found=found, coefficients=seen)
   new = commit(rule, start, memory, found=found, coefficients=chunk.coefficients)
-  return where_rows(chunk.full, new, memory), (y.astype(chunk.query.dtype), tell(rule, found, y.shape[2]))
+  return new, (prepare(rule, start, memory, found), tell(rule, found, chunk.query.shape[2]))
+
+
+def token_chunks(rule: Rule, start: Weights, memory: dict, chunks: tuple, *, unroll: int, detach: int = 0) -> tuple[dict, tuple]:
+  """(memory, (y, told)) of chunks (numbers, Chunk): their writes one after the other, then the reads of all at once."""
+  def write(memory, item):
+    number, chunk = item
+    return write_chunk(rule, start, _detached(memory, number, detach), chunk)
+  memory, (seen, told) = jax.lax.scan(_cheap_again(write), memory, chunks, unroll=unroll)
+  _, chunks = chunks
+  N, B = chunks.full.shape
+  fold = lambda tree: jax.tree.map(lambda a: a.reshape(N * B, *a.shape[2:]), tree)
+  made = read_before(chunks.coefficients) if rule.read == 'before' else chunks.coefficients
+  y = read_prepared(rule, start, fold(seen), fold(chunks.query), coefficients=fold(made)).astype(chunks.query.dtype)
+  return memory, (y.reshape(N, B, *y.shape[1:]), told)
+
+
+def only_full(chunks: Chunk) -> Chunk:
+  """The same, where a chunk that is not complete leaves the memory as it is by its coefficients."""
+  made, full = chunks.coefficients, chunks.full[:, :, None, None, None]
+  still = jnp.eye(made.turn.shape[-1], dtype=made.turn.dtype)[None, None, None]
+  return chunks._replace(coefficients=made._replace(turn=jnp.where(full, made.turn, still), push=jnp.where(full, made.push, 0)))
 
 
 def block_chunk(rule: Rule, start: Weights, memory: tuple[dict, dict], chunk: Chunk) -> tuple[tuple, tuple]:
@@ -100,21 +126,39 @@ def group_size(count: int, group: int = 0) -> int:
   return min(near, key=lambda size: (-(-count // size) * size - count, abs(math.log(size / root)), size))
 
 
+def _scanned(step, rule, start, memory, chunks, *, unroll, detach=0):
+  """(memory, outputs) of chunks (numbers, Chunk), each of which reads before the next one writes."""
+  def body(memory, item):
+    number, chunk = item
+    return step(rule, start, _detached(memory, number, detach), chunk)
+  return jax.lax.scan(_cheap_again(body), memory, chunks, unroll=unroll)
+
+
+def _detached(memory, number, detach):
+  return jax.tree.map(lambda a: jnp.where(number % detach == 0, jax.lax.stop_gradient(a), a), memory) if detach else memory
+
+
+def _cheap_again(body):
+  """The same; its gradient keeps products and computes the rest again."""
+  return jax.checkpoint(body, prevent_cse=False, policy=jax.checkpoint_policies.dots_saveable)
+
+
 def scan_chunks(rule: Rule, start: Weights, memory: Any, chunks: Chunk, *, group: int = 0, unroll: int = 0,
                 detach: int = 0) -> tuple[Any, tuple]:
   """(memory, (y [N, B, H, C, V], told)) of N chunks, leaves leading with N.
 
-  Groups of chunks are recomputed in the backward pass, so that memories are kept between groups only; `group` 0 = automatic, -1 =
-  keep everything; `unroll`, chunks a step of the compiled loop, 0 = automatic. Chunks added to fill the last group are not complete
-  and change nothing. `detach`: no gradient flows into the memory before every so many chunks, 0 = it does.
+  Groups of chunks are recomputed in the backward pass, so that memories are kept between groups only; `group` 0 = automatic (all are
+  kept where that takes `KEPT` bytes at most), -1 = nothing is recomputed. `unroll`, chunks a step of the compiled loop, 0 = automatic.
+  Chunks added to fill the last group are not complete and change nothing. `detach`: no gradient flows into the memory before every so
+  many chunks, 0 = it does.
   """
-  step = whole_chunk if is_whole(rule) else block_chunk if rule.mode == 'block' else token_chunk
-  def body(memory, item):
-    number, chunk = item
-    if detach: memory = jax.tree.map(lambda a: jnp.where(number % detach == 0, jax.lax.stop_gradient(a), a), memory)
-    return step(rule, start, memory, chunk)
-  count, unroll = chunks.full.shape[0], unroll or (1 if jax.default_backend() == 'cpu' else UNROLL)
-  if group < 0: return jax.lax.scan(body, memory, (jnp.arange(count), chunks), unroll=unroll)
+  one = whole_chunk if is_whole(rule) else block_chunk if rule.mode == 'block' else None
+  run = functools.partial(_scanned, one) if one else token_chunks
+  run = functools.partial(run, rule, start, detach=detach, unroll=unroll or (1 if jax.default_backend() == 'cpu' else UNROLL))
+  if one is None: chunks = only_full(chunks)
+  count = chunks.full.shape[0]
+  if group < 0 or (not group and count * sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(memory)) <= KEPT):
+    return run(memory, (jnp.arange(count), chunks))
   size = group_size(count, group)
   padded = -(-count // size) * size
   fill = lambda a: jnp.pad(a, [(0, padded - count)] + [(0, 0)] * (a.ndim - 1))
@@ -123,9 +167,7 @@ def scan_chunks(rule: Rule, start: Weights, memory: Any, chunks: Chunk, *, group
   chunks = jax.tree.map(fill, chunks)
   chunks = chunks._replace(coefficients=chunks.coefficients._replace(turn=turn))
   cut = jax.tree.map(lambda a: a.reshape(padded // size, size, *a.shape[1:]), (jnp.arange(padded), chunks))
-  body = jax.checkpoint(body, prevent_cse=False, policy=jax.checkpoint_policies.dots_saveable)
-  piece = jax.checkpoint(lambda memory, items: jax.lax.scan(body, memory, items, unroll=unroll), prevent_cse=False)
-  memory, out = jax.lax.scan(piece, memory, cut)
+  memory, out = jax.lax.scan(jax.checkpoint(run, prevent_cse=False), memory, cut)
   return memory, jax.tree.map(lambda a: a.reshape(padded, *a.shape[2:])[:count], out)
 
 

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from memjax.ops.neural import Factors, Rule, Tokens, Weights, anchor, commit, factors, finish, read_anchor
+from memjax.ops.neural import Factors, Rule, Tokens, Weights, anchor, commit, factors, finish
 from memjax.ops.neural_nets import Plain, inner_loss
+from memjax.ops.neural_reads import read_anchor
 from memjax.ops.neural_steps import Coefficients, Gates, coefficients, dense, for_pairs, steps
 
 
