@@ -126,7 +126,7 @@ def group_size(count: int, group: int = 0) -> int:
   return min(near, key=lambda size: (-(-count // size) * size - count, abs(math.log(size / root)), size))
 
 
-def _scanned(step, rule, start, memory, chunks, *, unroll, detach=0):
+def _scanned(rule, start, memory, chunks, *, step, unroll, detach=0):
   """(memory, outputs) of chunks (numbers, Chunk), each of which reads before the next one writes."""
   def body(memory, item):
     number, chunk = item
@@ -153,7 +153,7 @@ def scan_chunks(rule: Rule, start: Weights, memory: Any, chunks: Chunk, *, group
   many chunks, 0 = it does.
   """
   one = whole_chunk if is_whole(rule) else block_chunk if rule.mode == 'block' else None
-  run = functools.partial(_scanned, one) if one else token_chunks
+  run = functools.partial(_scanned, step=one) if one else token_chunks
   run = functools.partial(run, rule, start, detach=detach, unroll=unroll or (1 if jax.default_backend() == 'cpu' else UNROLL))
   if one is None: chunks = only_full(chunks)
   count = chunks.full.shape[0]
