@@ -46,7 +46,7 @@ REFUSED = [
   ('model.mixers.full.head_width=5', 'config.model.mixers.full.head_width=5 is odd'),
   ('model.mixers.full.heads=7', 'config.model.mixers.full.heads=7 does not divide width=64'),
   ('model.mixers.full.heads=64', 'config.model.mixers.full.heads=64 leaves 1 channels a head'),
-  ('model.mixers.full.qk_norm_epsilon=1e-5', 'config.model.mixers.full.qk_norm_epsilon applies to qk_norm, which is off'),
+  ('model.mixers.full.backend=cudnn model.mixers.full.persistent=2', "full.backend='cudnn' has no persistent tokens; use xla or auto"),
   (f'{ROPE}kind=linear model.mixers.full.rotary=0', "config.model.mixers.full.rope.kind='linear' needs rotary"),
   (f'{ROPE}kind=yarn {ROPE}original=8 model.mixers.full.rotary_base=1', "full.rope.kind='yarn' needs rotary_base above 1"),
   (f'{ROPE}factor=2', 'config.model.mixers.full.rope.factor=2 applies to a stretched kind, not to default'),

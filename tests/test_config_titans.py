@@ -10,7 +10,8 @@ from memjax.config.schema import BlockConfig, ModelConfig
 from memjax.config.titans import TitansConfig
 from tests.test_config import message_of, rules
 
-MIXERS = {'near': WindowConfig(heads=2, window=8), 'att': AttentionConfig(heads=2), 'wide': AttentionConfig(heads=2, head_width=64),
+MIXERS = {'flash': WindowConfig(heads=2, window=8, backend='cudnn'),
+          'near': WindowConfig(heads=2, window=8), 'att': AttentionConfig(heads=2), 'wide': AttentionConfig(heads=2, head_width=64),
           'mem': NeuralConfig(heads=2, chunk=4), 'odd': NeuralConfig(heads=2, chunk=3), 'slots': HolographicConfig(heads=2),
           'block': NeuralConfig(heads=2, chunk=16, rule=NeuralRuleConfig(mode='block')),
           'wait': NeuralConfig(heads=2, chunk=8, rule=NeuralRuleConfig(mode='block'), net=NeuralNetConfig(kind='attention'))}
@@ -36,6 +37,7 @@ REFUSED = [
   (lambda: model('att+mem:mac'), "begins with 'att' of kind attention; :mac begins with window, its segment"),
   (lambda: model('near+wait:mac'), "ends with 'wait', whose writes wait for the end of a chunk; :mac reads every token"),
   (lambda: model('near+odd:mac'), 'needs mixers.near.window=8, its segment, to be a multiple of mixers.odd.chunk=3'),
+  (lambda: model('flash+mem:mac'), "attends also to what was recalled, which mixers.flash.backend='cudnn' does not have"),
   (lambda: model('near+mem:mac', ('mem',)), 'cannot be grafted: :mac puts more keys into the softmax, which disturbs the host'),
 ]
 

@@ -59,8 +59,8 @@ def family_config(tree: Mapping[str, Any], *, path: str = 'config.json', dtype: 
   try:
     base, rope = _rope(keys)
     shared = dict(heads=heads, kv_heads=keys.get('num_key_value_heads', int, heads), head_width=keys.get('head_dim', int, width // heads),
-                  rotary_base=base, rope=rope, bias=bias or family == 'qwen2', out_bias=bias, qk_norm=family == 'qwen3',
-                  qk_norm_epsilon=epsilon if family == 'qwen3' else 1e-6)
+                  rotary_base=base, rope=rope, bias=bias or family == 'qwen2', out_bias=bias,
+                  qk_norm=epsilon if family == 'qwen3' else 0.0)
     kinds = {ATTENTION: AttentionConfig(**shared)} | ({WINDOW: WindowConfig(window=window, **shared)} if window else {})
     return ModelConfig(
         width=width, hidden=keys.get('intermediate_size', int), vocabulary=keys.get('vocab_size', int),

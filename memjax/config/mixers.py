@@ -29,11 +29,12 @@ class AttentionConfig:
   rotary: bool = option(True, 'rotary position embedding (Su et al. 2021)')
   rotary_base: float = option(10_000.0, 'longest rotary wavelength / 2 pi', low=1.0)
   rope: RopeConfig = option(RopeConfig(), 'rotary frequencies for longer texts')
-  qk_norm: bool = option(False, 'RMS norm of queries and keys per head')
-  qk_norm_epsilon: float = option(1e-6, 'inside the square root of that norm', low=1e-12)
+  qk_norm: float = option(0.0, 'number inside the square root of an RMS norm of queries and keys per head; 0 = no such norm', low=0.0)
   bias: bool = option(False, 'biases on the query, key and value projections')
   out_bias: bool = option(False, 'bias on the output projection')
   persistent: int = option(0, 'learned keys and values, without position, that every token sees', low=0)
+  backend: str = option('auto', "flash attention by cuDNN, or XLA; auto = cudnn for bfloat16 on a GPU where it applies",
+                        choices=('auto', 'xla', 'cudnn'))
 
   def __post_init__(self):
     refuse(bool(self.kv_heads) and self.heads % self.kv_heads != 0,
@@ -41,7 +42,7 @@ class AttentionConfig:
     refuse(self.rotary and self.head_width % 2 == 1, f'head_width={self.head_width} is odd; rotary needs pairs')
     refuse(self.rope.kind != 'default' and not self.rotary, f'rope.kind={self.rope.kind!r} needs rotary')
     refuse(self.rope.kind == 'yarn' and self.rotary_base <= 1, "rope.kind='yarn' needs rotary_base above 1")
-    refuse(self.qk_norm_epsilon != 1e-6 and not self.qk_norm, 'qk_norm_epsilon applies to qk_norm, which is off')
+    refuse(self.backend == 'cudnn' and self.persistent > 0, "backend='cudnn' has no persistent tokens; use xla or auto")
 
 
 @mixer('window')

@@ -58,3 +58,4 @@ def _check_stage(model: Any, names: tuple[str, ...], wiring: str, *, path: str) 
          f'{path} needs mixers.{first}.window={attention.window}, its segment, to be a multiple of mixers.{second}.chunk={memory.chunk}')
   refuse(bool({first, second}.intersection(model.grafted)),
          f'{path} cannot be grafted: {MAC} puts more keys into the softmax, which disturbs the host; use a stage of its own or {MAG}')
+  refuse(attention.backend == 'cudnn', f"{path} attends also to what was recalled, which mixers.{first}.backend='cudnn' does not have")

@@ -9,6 +9,7 @@ from memjax.layers.norm import RMSNorm
 from memjax.memory.base import Memory, both, real_resets
 from memjax.ops.attention import attend, attend_ring, attend_window
 from memjax.ops.counts import cumulate
+from memjax.ops.flash import flash, is_flash
 from memjax.ops.rope import frequencies, magnitude, rotate
 from memjax.ops.sequence import from_before, from_piece
 
@@ -49,7 +50,7 @@ class Attention(Memory):
     self.out = Linear(self.width, ('heads', 'embed'), use_bias=c.out_bias, zero=self.grafted, name='out',
                       **shared | {'std': self.out_std or self.std})
     if c.qk_norm:
-      self.query_norm, self.key_norm = (RMSNorm(c.qk_norm_epsilon, self.dtype, name=n) for n in ('query_norm', 'key_norm'))
+      self.query_norm, self.key_norm = (RMSNorm(c.qk_norm, self.dtype, name=n) for n in ('query_norm', 'key_norm'))
     if c.persistent:
       made = partitioned(nn.initializers.normal(0.02), (None, 'heads'))
       self.persistent = tuple(self.param(f'persistent_{n}', made, (c.persistent, self.groups * self.head_width)) for n in ('key', 'value'))
@@ -118,23 +119,38 @@ class Attention(Memory):
     return state, y_Bx1xE[:, 0]
 
   def parallel(self, state, inputs, mask_BxL=None, *, write_mask_BxL=None, reset_BxL=None):
-    """All queries against the ring and each other at once."""
+    """All queries against the ring and each other at once; by flash attention where it can be had and every row is one new text."""
     B, L = inputs.q_BxLxHxK.shape[:2]
-    M = state.k_BxGxMxK.shape[2]
     reset_BxL = real_resets(reset_BxL, mask_BxL)
     wrote_BxL = both(mask_BxL, write_mask_BxL)
     wrote_BxL = jnp.ones((B, L), bool) if wrote_BxL is None else wrote_BxL
     segment_BxL = jnp.zeros((B, L), jnp.int32) if reset_BxL is None else jnp.cumsum(reset_BxL.astype(jnp.int32), 1)
+    dense = mask_BxL is not None or write_mask_BxL is not None
+    def reference(inputs): return self._seen(state, inputs, wrote_BxL, segment_BxL=segment_BxL, dense=dense)
+    def fast(inputs): return flash(inputs.q_BxLxHxK, inputs.k_BxLxGxK, inputs.v_BxLxGxK, window=state.k_BxGxMxK.shape[2])
+    if write_mask_BxL is None and is_flash(self.config.backend, inputs.q_BxLxHxK, persistent=self.config.persistent):
+      # Both branches leave what the gradient needs of either; recomputed, the scores of the reference are not among it.
+      y = jax.lax.cond(self._is_whole(state, mask_BxL, segment_BxL), fast, jax.checkpoint(reference), inputs)
+    else: y = reference(inputs)
+    y_BxLxE = y.reshape(B, L, -1)
+    if mask_BxL is not None: y_BxLxE = jnp.where(mask_BxL[..., None], y_BxLxE, 0)
+    return self._store(state, inputs, wrote_BxL, segment_BxL), y_BxLxE
+
+  def _is_whole(self, state, mask_BxL, segment_BxL):
+    """Whether each row is one text that starts with it, padded at its end if at all: then a causal mask says what a query sees."""
+    whole = jnp.all(segment_BxL == segment_BxL[:, :1])
+    if state.k_BxGxMxK.shape[2]: whole &= jnp.all((state.count_B == 0) | (segment_BxL[:, 0] > 0))
+    return whole if mask_BxL is None else whole & jnp.all(mask_BxL[:, :-1] | ~mask_BxL[:, 1:])
+
+  def _seen(self, state, inputs, wrote_BxL, *, segment_BxL, dense):
+    """Reads [B, L, H, K] of all queries, whatever the ring holds and wherever documents start."""
+    M = state.k_BxGxMxK.shape[2]
     *past, see_past_BxM = self._past(state)
     keys, values = (jnp.concatenate([old, jnp.swapaxes(new, 1, 2).astype(self.state_dtype)], 2)
                     for old, new in zip(past, (inputs.k_BxLxGxK, inputs.v_BxLxGxK), strict=True))
     see_BxM = jnp.concatenate([see_past_BxM, wrote_BxL], 1)
     segment_BxM = jnp.pad(segment_BxL, ((0, 0), (M, 0)))
-    dense = mask_BxL is not None or write_mask_BxL is not None
-    y = self._look(inputs.q_BxLxHxK, keys, values, see_BxM=see_BxM, segment_BxM=segment_BxM, past=M, dense=dense)
-    y_BxLxE = y.reshape(B, L, -1)
-    if mask_BxL is not None: y_BxLxE = jnp.where(mask_BxL[..., None], y_BxLxE, 0)
-    return self._store(state, inputs, wrote_BxL, segment_BxL), y_BxLxE
+    return self._look(inputs.q_BxLxHxK, keys, values, see_BxM=see_BxM, segment_BxM=segment_BxM, past=M, dense=dense)
 
   def _past(self, state):
     """The ring, oldest first, and which of its entries exist."""

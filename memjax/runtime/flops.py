@@ -80,12 +80,13 @@ def countable(config: ModelConfig) -> ModelConfig:
 
   The products are those of tiles, capacity and cudnn, which loop over as many tiles as the tokens need; what these compute
   again in their backward pass, and their padding, is not counted. The forms scan and dense, which read all chapters, stay.
-  Fused kernels of holographic memory are counted as the chunked form in XLA, which they equal.
+  Fused kernels of holographic memory and flash attention are counted as the forms in XLA, which they equal.
   Neural memories count as the chunks that rows are made for, not as the form token by token.
   """
   def one(mixer):
     if mixer.kind == 'neural': return dataclasses.replace(mixer, exec=dataclasses.replace(mixer.exec, aligned=True))
     if mixer.kind == 'holographic': return dataclasses.replace(mixer, form=dataclasses.replace(mixer.form, backend='xla'))
+    if mixer.kind in ('attention', 'window'): return dataclasses.replace(mixer, backend='xla')
     if mixer.kind != 'bank' or mixer.form.kind in ('scan', 'dense'): return mixer
     return dataclasses.replace(mixer, form=BankFormConfig(kind='gather', token_chunk=1 << 40, axis=mixer.form.axis))
   return dataclasses.replace(config, mixers={name: one(mixer) for name, mixer in config.mixers.items()})

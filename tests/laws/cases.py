@@ -64,7 +64,7 @@ ONE_MATRIX = NeuralNetConfig(kind='linear')
 # Every law runs on these.
 FULL = {
     'attention': AttentionConfig(heads=4, kv_heads=2),
-    'attention-plain': AttentionConfig(heads=2, rotary=False, qk_norm=True, bias=True, out_bias=True),
+    'attention-plain': AttentionConfig(heads=2, rotary=False, qk_norm=1e-6, bias=True, out_bias=True),
     'window': WindowConfig(heads=2, window=3),
     'window-persistent': WindowConfig(heads=2, window=3, persistent=2),
     'holographic': SMALL,
@@ -97,13 +97,15 @@ WIRED = ('mag', 'mac')
 
 # Scan, Step, Mask and Reach run on these, as slow tests.
 MORE = {
-    'attention-persistent': AttentionConfig(heads=4, kv_heads=2, qk_norm=True, persistent=3),
+    'attention-persistent': AttentionConfig(heads=4, kv_heads=2, qk_norm=1e-6, persistent=3),
     'bipolar-before': holographic(binding=BindingConfig(kind='bipolar'), read=ReadConfig(order='before', norm='full', out_gate='silu')),
     'unitary-reads': holographic(binding=BindingConfig(kind='unitary'), reads=2, keep=KeepConfig(kind='static')),
     'hrr-fft-tied': holographic(binding=BindingConfig(kind='hrr', transform='fft', tie_query=True), reads=2,
                                 keep=KeepConfig(kind='tied')),
     'hlb-softmax': holographic(binding=BindingConfig(kind='hlb'), address=AddressConfig(kind='softmax')),
     'none-key-source': holographic(binding=BindingConfig(kind='none'), address=AddressConfig(source='key', gate='channel')),
+    'attention-flash': AttentionConfig(heads=4, kv_heads=2, backend='cudnn'),
+    'window-flash': WindowConfig(heads=2, window=3, backend='cudnn'),
     'fused': holographic(form=FormConfig(chunk=4, backend='pallas')),
     'fused-unitary': holographic(binding=BindingConfig(kind='unitary'), address=AddressConfig(gate='channel'), keep=KeepConfig(kind='tied'),
                                  read=ReadConfig(order='before'), form=FormConfig(backend='pallas', chunk=8)),
@@ -162,7 +164,11 @@ MORE = {
                           TitansConfig(read='segment', fuse='sigmoid')),
     'mac-block': Wiring('mac', WindowConfig(heads=2, window=4), neural(chunk=2, net=ONE_MATRIX, rule=NeuralRuleConfig(mode='block')),
                         TitansConfig(lookback=1)),
-    'mac-exact': Wiring('mac', WindowConfig(heads=2, window=4, qk_norm=True), neural(net=ONE_MATRIX, rule=NeuralRuleConfig(mode='exact')),
+    'mac-input': Wiring('mac', WindowConfig(heads=2, window=4), neural(chunk=2, net=ONE_MATRIX, exec=NeuralExecConfig(spare=9, group=-1)),
+                        TitansConfig(write='input', lookback=1)),
+    'mac-previous': Wiring('mac', WindowConfig(heads=4, kv_heads=2, window=4), neural(chunk=2, net=ONE_MATRIX),
+                           TitansConfig(asked='previous')),
+    'mac-exact': Wiring('mac', WindowConfig(heads=2, window=4, qk_norm=1e-6), neural(net=ONE_MATRIX, rule=NeuralRuleConfig(mode='exact')),
                         TitansConfig(fuse='mix')),
     'losses': holographic(loss=MemoryLossConfig(replay=.1, contrastive=.1, balance=.1, gate=.1)),
 }

@@ -79,12 +79,13 @@ HOLOGRAPHIC = [
 ]
 ATTENTION = [
     ('heads', 4, 'shape', {'head_width': 2}), ('kv_heads', 1, 'shape', {}), ('head_width', 2, 'shape', {}), ('rotary', False, 'output', {}),
-    ('rotary_base', 10.0, 'output', {'rotary_base': 1e4}), ('qk_norm', True, 'shape', {}), ('bias', True, 'shape', {}),
-    ('qk_norm_epsilon', 0.5, 'output', {'qk_norm': True}), ('rope.kind', 'linear', 'output', {'rope.factor': 3.0}),
+    ('rotary_base', 10.0, 'output', {'rotary_base': 1e4}), ('qk_norm', 1e-6, 'shape', {}), ('bias', True, 'shape', {}),
+    ('qk_norm', 0.5, 'output', {'qk_norm': 1e-6}), ('rope.kind', 'linear', 'output', {'rope.factor': 3.0}),
     ('rope.kind', 'llama3', 'output', YARN), ('rope.kind', 'yarn', 'output', LLAMA3), ('rope.factor', 3.0, 'output', YARN),
     ('rope.original', 20, 'output', YARN), ('rope.low_factor', 3.0, 'output', LLAMA3), ('rope.high_factor', 9.0, 'output', LLAMA3),
     ('rope.beta_fast', 2.0, 'output', YARN), ('rope.beta_slow', 5.0, 'output', YARN), ('rope.attention_factor', 2.0, 'output', YARN),
-    ('out_bias', True, 'shape', {}), ('persistent', 2, 'shape', {}),
+    ('out_bias', True, 'shape', {}), ('persistent', 2, 'shape', {}), ('backend', 'cudnn', 'trace', {}),
+    ('backend', 'xla', 'trace', {'backend': 'cudnn'}),
 ]
 DECODER = [
     ('width', 4, 'shape', {}), ('hidden', -1, 'shape', {}), ('hidden', 0, 'shape', {}), ('vocabulary', 9, 'shape', {}),
