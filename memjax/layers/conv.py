@@ -51,12 +51,15 @@ def _tap(joined_BxMxE: jax.Array, taps: Taps, w: int, span: tuple[int, int]) -> 
   return jnp.where(taps.valid_BxNxW[:, start - width:start - width + size, w - 1, None], x, 0)
 
 
-def short_conv(x_BxLxE: jax.Array, taps_WxE: jax.Array, tail_BxTxE: jax.Array, taps: Taps) -> jax.Array:
-  """y_t = sum_w taps_w x_{t-w}, where t-w counts written tokens of t's segment and reaches into the tail [B, W-1, E]."""
-  T, L = tail_BxTxE.shape[1], x_BxLxE.shape[1]
+def short_conv(x_BxLxE: jax.Array, taps_WxE: jax.Array, tail_BxTxE: jax.Array, taps: Taps, *, dtype=None) -> jax.Array:
+  """y_t = sum_w taps_w x_{t-w}, where t-w counts written tokens of t's segment and reaches into the tail [B, W-1, E].
+
+  The sum and y have `dtype`, that of x by default; what is shifted keeps that of x, whose values the tail holds.
+  """
+  T, L, wide = tail_BxTxE.shape[1], x_BxLxE.shape[1], dtype or x_BxLxE.dtype
   joined = jnp.concatenate([tail_BxTxE.astype(x_BxLxE.dtype), x_BxLxE], 1)
-  row = lambda w: taps_WxE[w].astype(x_BxLxE.dtype).reshape(1, 1, -1)
-  return sum((row(w) * _tap(joined, taps, w, (T, L)) for w in range(1, T + 1)), row(0) * x_BxLxE)
+  row = lambda w: taps_WxE[w].astype(wide).reshape(1, 1, -1)
+  return sum((row(w) * _tap(joined, taps, w, (T, L)).astype(wide) for w in range(1, T + 1)), row(0) * x_BxLxE.astype(wide))
 
 
 def next_tail(x_BxLxE: jax.Array, tail_BxTxE: jax.Array, taps: Taps) -> jax.Array:
