@@ -124,13 +124,31 @@ def factors(rule: Rule, weights: dict, slow: dict, tokens: Tokens) -> Factors:
   return Factors(a, d, each, norm, kept)
 
 
-def commit(rule: Rule, start: Weights, memory: dict, *, found: Factors | dict, coefficients: Coefficients) -> dict:
-  """M after the chunk: turn M - push (A, D), for each tensor one matmul of inner size C; `found` may be the sums already, by name."""
+@jax.custom_vjp
+def _share_of(share, old, slim):
+  del slim
+  return share * old
+
+
+def _share_of_backward(kept, g):
+  share, slim = kept
+  total = jnp.sum(g * slim.astype(g.dtype), tuple(range(2, g.ndim)), keepdims=True)
+  return total.astype(share.dtype), share * g, None
+
+
+_share_of.defvjp(lambda share, old, slim: (share * old, (share, slim)), _share_of_backward)
+
+
+def commit(rule: Rule, start: Weights, memory: dict, *, found: Factors | dict, coefficients: Coefficients,
+           slim: dict | None = None) -> dict:
+  """M after the chunk: turn M - push (A, D), for each tensor one matmul of inner size C; `found` may be the sums already, by name.
+  `slim`: the memory in the dtype in which it is kept for the gradient of the turn."""
   turn, out = coefficients.turn, {}
   for name, old in memory.items():
     pushed = found[name] if isinstance(found, dict) else _pushed(name, found, coefficients.push, rule.dtype)
     share = lambda row, column: turn[:, :, row, column].reshape(*turn.shape[:2], *(1,) * (old[0].ndim - 2))
-    new = [sum(share(p, q) * old[q] for q in range(len(old)) if (p, q) in TURNS[rule.momentum]) - pushed[p] for p in range(len(old))]
+    part = lambda p, q: _share_of(share(p, q), old[q], old[q] if slim is None else slim[name][q])
+    new = [sum(part(p, q) for q in range(len(old)) if (p, q) in TURNS[rule.momentum]) - pushed[p] for p in range(len(old))]
     if rule.decay_to == 'zero': new[0] -= (1 - share(0, 0)) * start.fast[name]
     out[name] = tuple(new)
   return out

@@ -100,11 +100,7 @@ def read_anchor(rule: Rule, start: Weights, memory: dict, query: jax.Array) -> j
 
 def find_factors(rule: Rule, start: Weights, memory: dict, tokens: Tokens, *, coefficients: Coefficients) -> Factors:
   """The gradients of a chunk where the mode takes them: at the anchor, or at W_{t-1} of each token by one triangular solve."""
-  if rule.mode != 'exact':
-    found = factors(rule, anchor(start, memory), start.slow, tokens)
-    if not rule.gram: return found
-    seen = (jnp.tril(jnp.ones((tokens.weight.shape[-1],) * 2, bool))[None, None] & (tokens.weight > 0)[:, :, None])
-    return divided(found, {name: overlap(a, a, seen) for name, a in found.a.items()})
+  if rule.mode != 'exact': return anchored_factors(rule, anchor(start, memory), start.slow, tokens)
   value = tokens.value.astype(tokens.weight.dtype)
   nothing = Factors(_linear_inputs(rule, tokens), {name: jnp.zeros_like(value) for name in memory}, *[tokens.weight] * 3)
   before = read_before(coefficients)
@@ -112,6 +108,14 @@ def find_factors(rule: Rule, start: Weights, memory: dict, tokens: Tokens, *, co
     before = before._replace(reach=jnp.repeat(before.reach, rule.pairs, -1), weigh=jnp.repeat(before.weigh, rule.pairs, -2))
   past = read_tokens(rule, start, memory, tokens.key, found=nothing, coefficients=before)
   return online_factors(rule, start, tokens, past, weigh=before.weigh)
+
+
+def anchored_factors(rule: Rule, weights: dict, slow: dict, tokens: Tokens) -> Factors:
+  """The gradients of a chunk at `weights`."""
+  found = factors(rule, weights, slow, tokens)
+  if not rule.gram: return found
+  seen = (jnp.tril(jnp.ones((tokens.weight.shape[-1],) * 2, bool))[None, None] & (tokens.weight > 0)[:, :, None])
+  return divided(found, {name: overlap(a, a, seen) for name, a in found.a.items()})
 
 
 def overlap(a: jax.Array, past: jax.Array, seen: jax.Array) -> jax.Array:

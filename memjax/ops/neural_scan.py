@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from memjax.ops.neural import Factors, Rule, Tokens, Weights, commit, factors, finish
-from memjax.ops.neural_reads import find_factors, prepare, read_anchor, read_prepared
+from memjax.ops.neural import Factors, Rule, Tokens, Weights, anchor, commit, factors, finish, is_matrix
+from memjax.ops.neural_reads import anchored_factors, find_factors, prepare, read_anchor, read_prepared
 from memjax.ops.neural_steps import Coefficients, Gates, coefficients, read_before, weights
 from memjax.ops.neural_whole import Whole, is_whole, read_whole, whole_coefficients, write_whole
 
@@ -70,11 +70,18 @@ def _emptied(chunk, memory):
 
 
 def write_chunk(rule: Rule, start: Weights, memory: dict, chunk: Chunk) -> tuple[dict, tuple]:
-  """(memory, (what its tokens read, told)) of a chunk whose tokens read the exact W_t."""
-  memory = _emptied(chunk, memory)
-  found = find_factors(rule, start, memory, chunk.tokens, coefficients=chunk.coefficients)
-  new = commit(rule, start, memory, found=found, coefficients=chunk.coefficients)
-  return new, (prepare(rule, start, memory, found), tell(rule, found, chunk.query.shape[2]))
+  """(memory, (what its tokens read, told)) of a chunk whose tokens read the exact W_t. Its gradient keeps memories in the compute dtype,
+  and products; the rest is computed again."""
+  memory, tokens = _emptied(chunk, memory), chunk.tokens
+  slim = {name: tuple(a.astype(rule.dtype) for a in levels) if is_matrix(name) else levels for name, levels in memory.items()}
+  if rule.mode == 'exact':
+    find = lambda memory, tokens, made: find_factors(rule, start, memory, tokens, coefficients=made)
+    found = _cheap_again(find)(memory, tokens, chunk.coefficients)
+  else:
+    weights = {name: a.astype(rule.dtype) if is_matrix(name) else a for name, a in anchor(start, memory).items()}
+    found = _cheap_again(lambda weights, tokens: anchored_factors(rule, weights, start.slow, tokens))(weights, tokens)
+  new = commit(rule, start, memory, found=found, coefficients=chunk.coefficients, slim=slim)
+  return new, (prepare(rule, start, slim if rule.decay_to == 'init' else memory, found), tell(rule, found, chunk.query.shape[2]))
 
 
 def token_chunks(rule: Rule, start: Weights, memory: dict, chunks: tuple, *, unroll: int, detach: int = 0) -> tuple[dict, tuple]:
@@ -82,7 +89,7 @@ def token_chunks(rule: Rule, start: Weights, memory: dict, chunks: tuple, *, unr
   def write(memory, item):
     number, chunk = item
     return write_chunk(rule, start, _detached(memory, number, detach), chunk)
-  memory, (seen, told) = jax.lax.scan(_cheap_again(write), memory, chunks, unroll=unroll)
+  memory, (seen, told) = jax.lax.scan(write, memory, chunks, unroll=unroll)
   _, chunks = chunks
   N, B = chunks.full.shape
   fold = lambda tree: jax.tree.map(lambda a: a.reshape(N * B, *a.shape[2:]), tree)
