@@ -74,6 +74,7 @@ REFUSED = [
   (lambda: NeuralConfig(rule=NeuralRuleConfig(momentum='none'), gates=NeuralGatesConfig(eta_bias=1.0)), 'gates.eta_bias needs'),
   (lambda: NeuralConfig(rule=NeuralRuleConfig(momentum='none'), gates=NeuralGatesConfig(theta_momentum_norm=False)),
    'gates.theta_momentum_norm needs rule.momentum'),
+  (lambda: NeuralConfig(gates=NeuralGatesConfig(order=3)), "gates.order applies to rule.momentum='cascade', not to 'first'"),
   (lambda: model(heads=7), 'mixers.mem.heads=7 does not divide width=64'),
 ]
 

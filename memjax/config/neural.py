@@ -55,8 +55,10 @@ class NeuralRuleConfig:
   loss: str = option('l2', 'of the prediction for a key against its value', choices=('l2', 'dot', 'huber', 'lp', 'kl'))
   loss_scale: str = option('half', 'factor on l2, huber and lp: 1/2, 1, or 1 / value width', choices=('half', 'sum', 'mean'))
   loss_argument: float = option(0.0, 'where huber turns linear (0 = 1), p of lp (0 = 3)', low=0.0)
-  momentum: str = option('first', 'its order; muon (mode block): first, orthogonalised where a chunk ends',
-                         choices=('none', 'first', 'nesterov', 'second', 'muon'))
+  momentum: str = option('first', 'of the gradients: none, first, nesterov; cascade: gates.order of them, each the sum of the one before, '
+                         'of which W follows a learned mixture; second: cascade of 2; muon (mode block): first, orthogonalised where a '
+                         'chunk ends',
+                         choices=('none', 'first', 'nesterov', 'second', 'cascade', 'muon'))
   forget: bool = option(True, 'learned forgetting')
   decay_to: str = option('init', 'what forgetting returns to: the learned start, or zero as in the paper', choices=('init', 'zero'))
   read: str = option('after', 'read after or before the write of the same token', choices=('after', 'before'))
@@ -95,6 +97,7 @@ class NeuralGatesConfig:
   theta_momentum_norm: bool = option(True, 'times 1 - eta, so that the effect of a gradient does not depend on the momentum')
   theta_raw: bool = option(False, 'theta = theta_base sigmoid(.) and nothing else')
   eta_bias: float = option(2.197, 'logit of the momentum at initialisation (0.9)')
+  order: int = option(2, "momenta of rule.momentum='cascade'", low=1)
   alpha_bias: float = option(0.0, 'logit of the forgetting at initialisation; 0 = spread over heads from -4 to -8, -6 for decay_to zero')
   row_factor: bool = option(False, 'the steps of a chunk count for 1 / t + a learned number after t of its tokens (TTT; mode token)')
 
@@ -162,6 +165,11 @@ class NeuralConfig:
   exec: NeuralExecConfig = option(NeuralExecConfig(), 'how it is computed')
 
   @property
+  def cascade(self) -> int:
+    """Momenta that sum up each other, 0 where there is no cascade."""
+    return self.gates.order if self.rule.momentum in ('second', 'cascade') else 0
+
+  @property
   def waits(self) -> bool:
     """Whether writes wait for the end of their chunk."""
     return self.net.kind == 'attention' or self.rule.mode == 'chunk_gates'
@@ -214,5 +222,6 @@ class NeuralConfig:
     self._check_tnt()
     refuse(net.has_residual and self.value_width not in (0, self.key_width), 'value_width must be key_width in the residual form of net')
     refuse(gates.alpha_bias != 0 and not rule.forget, 'gates.alpha_bias needs rule.forget')
+    refuse(gates.order != 2 and rule.momentum != 'cascade', f"gates.order applies to rule.momentum='cascade', not to {rule.momentum!r}")
     refuse(gates.eta_bias != 2.197 and rule.momentum == 'none', 'gates.eta_bias needs rule.momentum')
     refuse(not gates.theta_momentum_norm and rule.momentum == 'none', 'gates.theta_momentum_norm needs rule.momentum')

@@ -72,7 +72,9 @@ class NeuralProjections(nn.Module):
     rule = self.config.rule
     names = ['theta'] + ['eta'] * (rule.momentum != 'none') + ['alpha'] * rule.forget
     rates = [f'rate_{name}' for name in self.network.fast] if self.config.write.per_tensor else []
-    return (*names, *(('eta2', 'c0', 'c1', 'c2') if rule.momentum == 'second' else ()), *rates, 'write')
+    order = self.config.cascade
+    cascade = [f'eta{n}' for n in range(2, order + 1)] + [f'c{n}' for n in range(order + 1) if order]
+    return (*names, *cascade, *rates, 'write')
 
   def setup(self):
     c, (H, _, _) = self.config, self.shape
@@ -91,7 +93,7 @@ class NeuralProjections(nn.Module):
     """Logits at initialisation."""
     g, (H, _, _) = self.config.gates, self.shape
     if name == 'alpha': return g.alpha_bias or (np.linspace(-4, -8, H) if self.config.rule.decay_to == 'init' else -6.0)
-    return {'theta': g.theta_bias, 'eta': g.eta_bias, 'eta2': g.eta_bias, 'c1': 1.0}.get(name, 0.0)
+    return g.eta_bias if name.startswith('eta') else {'theta': g.theta_bias, 'c1': 1.0}.get(name, 0.0)
 
   def __call__(self, x_BxLxD: jax.Array) -> NeuralInputs:
     """The big matmuls, all tokens at once; gates in float32."""
@@ -104,8 +106,9 @@ class NeuralProjections(nn.Module):
     logit = jnp.dot(x_BxLxD.astype(wide), kernel, precision='highest') + bias.reshape(1, 1, -1)
     logit = logit.reshape(*logit.shape[:2], len(self.gate), -1)
     gate = {name: logit[:, :, n] for n, name in enumerate(self.gate)}
-    plain = ('eta', 'alpha') if self.config.rule.mode == 'chunk_gates' else ('c0', 'c1', 'c2')
-    gate = {name: a if name in plain else jax.nn.sigmoid(a) for name, a in gate.items()}
+    chunks = self.config.rule.mode == 'chunk_gates'
+    def is_plain(name): return (chunks and name in ('eta', 'alpha')) or name[0] == 'c'
+    gate = {name: a if is_plain(name) else jax.nn.sigmoid(a) for name, a in gate.items()}
     gate = {name: 2 * a if name.startswith('rate_') else a for name, a in gate.items()}
     gate['theta'] = gate['theta'] * self.theta_scale(gate)
     return jnp.stack([*gate.values(), jnp.ones_like(gate['theta'])], 2)
@@ -129,7 +132,8 @@ class NeuralProjections(nn.Module):
     for name in {'eta', 'alpha'}.intersection(found) if self.config.rule.mode == 'chunk_gates' else ():
       found[name] = jnp.broadcast_to(jax.nn.sigmoid(found[name].mean(-1, keepdims=True)), found[name].shape)
     zero = jnp.zeros_like(found['theta'])
-    more = dict(eta2=found['eta2'], mix=(found['c0'], found['c1'], found['c2'])) if 'eta2' in found else {}
+    order, more = self.config.cascade, {}
+    if order: more = dict(higher=tuple(found[f'eta{n}'] for n in range(2, order + 1)), mix=tuple(found[f'c{n}'] for n in range(order + 1)))
     if self.config.write.per_tensor: more['rate'] = {name: found[f'rate_{name}'] for name in self.network.fast}
     return Gates(found['theta'], found.get('eta', zero), found.get('alpha', zero), found['write'] > 0, **more)
 

@@ -97,9 +97,10 @@ class NeuralStep(Memory):
     c, r, network = self.config, self.config.rule, self.parts.network
     scale = {'half': 0.5, 'sum': 1.0, 'mean': 1 / network.value_width}[r.loss_scale]
     argument = r.loss_argument or {'huber': 1.0, 'lp': 3.0}.get(r.loss, 0.0)
-    return ops.Rule(network, r.mode, r.loss, scale, argument, r.momentum, r.decay_to, r.read, r.grad_at, r.clip, r.clip_kind,
+    momentum = 'cascade' if c.cascade else r.momentum
+    return ops.Rule(network, r.mode, r.loss, scale, argument, momentum, r.decay_to, r.read, r.grad_at, r.clip, r.clip_kind,
                     r.first_order, c.exec.solver, c.net.weight_norm, self.dtype, c.write.pairs,
-                    c.write.refresh, c.gates.theta_norm == 'gram')
+                    c.write.refresh, c.gates.theta_norm == 'gram', c.cascade)
 
   @property
   def order(self) -> str:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from memjax.ops.neural_nets import Network, Record, dot, inner_loss, probe_shapes
-from memjax.ops.neural_steps import TURNS, Coefficients, levels
+from memjax.ops.neural_steps import Coefficients, levels, turns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Rule:
   `grad_at` 'decayed' takes the error of mode 'exact' at the decayed memory; `weight_norm` (mode 'block') rescales each column of a
   matrix, where a chunk ends, to its norm at the learned start (LaCT); `pairs`: keys and values of each token; `refresh` (mode
   'chunk_gates'): chunks between the weights at which gradients are taken, 0 = always the learned ones; `gram` (mode 'token'): each
-  gradient is divided by what its inputs have in common with those of the chunk so far (`overlap`)."""
+  gradient is divided by what its inputs have in common with those of the chunk so far (`overlap`); `order`: momenta of a cascade."""
   network: Network
   mode: str = 'token'
   loss: str = 'l2'
@@ -46,11 +46,12 @@ class Rule:
   pairs: int = 1
   refresh: int = 0
   gram: bool = False
+  order: int = 0
 
   @property
   def levels(self) -> int:
     """Q."""
-    return levels(self.momentum)
+    return levels(self.momentum, self.order)
 
 
 class Weights(NamedTuple):
@@ -143,12 +144,12 @@ def commit(rule: Rule, start: Weights, memory: dict, *, found: Factors | dict, c
            slim: dict | None = None) -> dict:
   """M after the chunk: turn M - push (A, D), for each tensor one matmul of inner size C; `found` may be the sums already, by name.
   `slim`: the memory in the dtype in which it is kept for the gradient of the turn."""
-  turn, out = coefficients.turn, {}
+  turn, out, entries = coefficients.turn, {}, turns(rule.momentum, rule.order)
   for name, old in memory.items():
     pushed = found[name] if isinstance(found, dict) else _pushed(name, found, coefficients.push, rule.dtype)
     share = lambda row, column: turn[:, :, row, column].reshape(*turn.shape[:2], *(1,) * (old[0].ndim - 2))
     part = lambda p, q: _share_of(share(p, q), old[q], old[q] if slim is None else slim[name][q])
-    new = [sum(part(p, q) for q in range(len(old)) if (p, q) in TURNS[rule.momentum]) - pushed[p] for p in range(len(old))]
+    new = [sum(part(p, q) for q in range(len(old)) if (p, q) in entries) - pushed[p] for p in range(len(old))]
     if rule.decay_to == 'zero': new[0] -= (1 - share(0, 0)) * start.fast[name]
     out[name] = tuple(new)
   return out

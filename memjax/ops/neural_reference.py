@@ -83,7 +83,7 @@ def _whole(rule, home, name, stack):
 
 
 def _update(rule, home, stack, g, *, gates):
-  """(W, S1, S2) after one token, from the equations as they are written."""
+  """(W, S1, S2, ..) after one token, from the equations as they are written."""
   theta, eta, alpha = (_lift(a, g) for a in (gates.theta, gates.eta, gates.alpha))
   w, momenta = stack[:, :, 0], [stack[:, :, n] for n in range(1, stack.shape[2])]
   if rule.momentum == 'none': step, new = -theta * g, []
@@ -91,10 +91,9 @@ def _update(rule, home, stack, g, *, gates):
     s = eta * momenta[0] - theta * g
     step, new = 0 * s if rule.momentum == 'muon' else s, [s]
     if rule.momentum == 'nesterov': step = eta * s - theta * g
-    if rule.momentum == 'second':
-      s2 = _lift(gates.eta2, g) * momenta[1] + s
-      c0, c1, c2 = (_lift(c, g) for c in gates.mix)
-      step, new = -c0 * theta * g + c1 * s + c2 * s2, [s, s2]
+    if rule.momentum == 'cascade':
+      for eta, old in zip(gates.higher, momenta[1:], strict=True): new.append(_lift(eta, g) * old + new[-1])
+      step = sum(_lift(c, g) * one for c, one in zip(gates.mix, [-theta * g, *new], strict=True))
   home = 0 if rule.decay_to == 'zero' else home
   kept = home + (1 - alpha) * (w - home)
   stacked = jnp.stack([kept + step, *new], 2)

@@ -16,10 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-MOMENTA = ('none', 'first', 'nesterov', 'second', 'muon')
-TURNS = {                            # entries of a turn that are not zero for every gate
-  'none': {(0, 0)}, 'first': {(0, 0), (0, 1), (1, 1)}, 'nesterov': {(0, 0), (0, 1), (1, 1)},
-  'second': {(0, 0), (0, 1), (0, 2), (1, 1), (2, 1), (2, 2)}, 'muon': {(0, 0), (1, 1)}}
+MOMENTA = ('none', 'first', 'nesterov', 'cascade', 'muon')
 
 
 class Steps(NamedTuple):
@@ -29,14 +26,14 @@ class Steps(NamedTuple):
 
 
 class Gates(NamedTuple):
-  """Of each token: step size, momentum and forgetting in [0, 1], whether it writes; for order 2 also the second momentum and the
-  mixture (c0, c1, c2); rate: factors on its gradient by fast tensor. Arrays of any equal shape, tokens last."""
+  """Of each token: step size, momentum and forgetting in [0, 1], whether it writes; for a cascade also the momenta above the first and
+  the mixture (c0, c1, ..); rate: factors on its gradient by fast tensor. Arrays of any equal shape, tokens last."""
   theta: jax.Array
   eta: jax.Array
   alpha: jax.Array
   write: jax.Array
-  eta2: jax.Array | None = None
-  mix: tuple | None = None
+  higher: tuple = ()
+  mix: tuple = ()
   rate: dict | None = None
 
 
@@ -49,28 +46,36 @@ class Coefficients(NamedTuple):
   push: jax.Array
 
 
-def levels(momentum: str) -> int:
-  """Q, tensors kept for each fast tensor: the weights and the momenta."""
-  return {'none': 1, 'second': 3}.get(momentum, 2)
+def levels(momentum: str, order: int = 0) -> int:
+  """Q, tensors kept for each fast tensor: the weights and the momenta, of which a cascade has `order`."""
+  return {'none': 1, 'cascade': 1 + order}.get(momentum, 2)
+
+
+def turns(momentum: str, order: int = 0) -> set[tuple[int, int]]:
+  """The entries of a turn that are not zero for every gate: W follows all momenta, each momentum those below it."""
+  if momentum == 'muon': return {(0, 0), (1, 1)}
+  size = levels(momentum, order)
+  return {(0, 0), *((row, column) for column in range(1, size) for row in (0, *range(column, size)))}
 
 
 def steps(momentum: str, gates: Gates) -> Steps:
   """The step of each token; where it does not write nothing changes.
 
-  none: W <- (1 - alpha) W - g. first: S <- eta S - g, W <- (1 - alpha) W + S. nesterov: W adds eta S - g instead of S. second:
-  S1 <- eta S1 - g, S2 <- eta2 S2 + S1, W adds -c0 g + c1 S1 + c2 S2. muon: S as first, W only forgets: the orthogonalised S joins it
-  where a chunk ends. (g with its step size.)
+  none: W <- (1 - alpha) W - g. first: S <- eta S - g, W <- (1 - alpha) W + S. nesterov: W adds eta S - g instead of S. cascade:
+  S1 <- eta S1 - g, S_n <- eta_n S_n + S_{n-1}, W adds -c0 g + c1 S1 + c2 S2 + ... muon: S as first, W only forgets: the orthogonalised
+  S joins it where a chunk ends. (g with its step size.)
   """
-  keep, eta, eta2 = 1 - gates.alpha, gates.eta, gates.eta2
+  keep, eta = 1 - gates.alpha, gates.eta
   one, zero = jnp.ones_like(keep), jnp.zeros_like(keep)
   if momentum == 'none': turn, push = {(0, 0): keep}, [one]
   elif momentum == 'first': turn, push = {(0, 0): keep, (0, 1): eta, (1, 1): eta}, [one, one]
   elif momentum == 'muon': turn, push = {(0, 0): keep, (1, 1): eta}, [zero, one]
   elif momentum == 'nesterov': turn, push = {(0, 0): keep, (0, 1): eta * eta, (1, 1): eta}, [1 + eta, one]
   else:
-    c0, c1, c2 = gates.mix
-    turn = {(0, 0): keep, (0, 1): (c1 + c2) * eta, (0, 2): c2 * eta2, (1, 1): eta, (2, 1): eta, (2, 2): eta2}
-    push = [c0 + c1 + c2, one, one]
+    order, each = len(gates.mix) - 1, (keep, eta, *gates.higher)
+    above = [sum(gates.mix[n:]) for n in range(order + 1)]                  # S_n holds all momenta below it: what W takes of each
+    turn = {at: each[at[1]] * above[at[1]] if at[0] == 0 and at[1] else each[at[1]] for at in sorted(turns('cascade', order))}
+    push = [above[0], *[one] * order]
   still = lambda at: one if at[0] == at[1] else zero
   return Steps({at: jnp.where(gates.write, a, still(at)) for at, a in turn.items()}, [jnp.where(gates.write, a, zero) for a in push])
 

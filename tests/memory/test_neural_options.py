@@ -39,6 +39,8 @@ TABLE = [
     *(({'rule.loss': name}, 'output', {}) for name in ('dot', 'huber', 'lp', 'kl')),
     ({'rule.loss_scale': 'sum'}, 'output', {}), ({'rule.loss_scale': 'mean'}, 'output', {}), ({'rule.loss_argument': .2}, 'output', HUBER),
     ({'rule.momentum': 'none'}, 'shape', {}), ({'rule.momentum': 'nesterov'}, 'output', {}), (SECOND, 'shape', {}),
+    ({'rule.momentum': 'cascade'}, 'shape', {}),
+    ({'gates.order': 3}, 'shape', {'rule.momentum': 'cascade'}),
     ({'rule.forget': False}, 'shape', {}), ({'rule.decay_to': 'zero'}, 'output', {}), ({'rule.read': 'before'}, 'output', {}),
     ({'rule.grad_at': 'decayed'}, 'output', EXACT), (CLIP, 'output', {}), ({'rule.clip_kind': 'soft'}, 'output', CLIP),
     ({'rule.first_order': True}, 'grads', {}),

@@ -23,14 +23,15 @@ def sigmoid(x):
   return 1 / (1 + np.exp(-x))
 
 
-def gates(rng, shape, *, momentum='first', hard=True, theta=0.3, rates=()):
-  """Gates with a fifth of each at 0 or 1 exactly, and tokens that do not write; `rates`: names of fast tensors with factors."""
+def gates(rng, shape, *, order=0, hard=True, theta=0.3, rates=()):
+  """Gates with a fifth of each at 0 or 1 exactly, and tokens that do not write; `rates`: names of fast tensors with factors; `order`
+  of a cascade."""
   eta, alpha = sigmoid(rng.normal(size=shape)), sigmoid(rng.normal(size=shape) - 2)
   theta = theta * sigmoid(rng.normal(size=shape))
   if hard:
     for a in (eta, alpha): a[rng.random(shape) < .1], a[rng.random(shape) < .1] = 0, 1
     theta[rng.random(shape) < .1] = 0
-  more = dict(eta2=sigmoid(rng.normal(size=shape)), mix=tuple(rng.normal(size=(3, *shape)))) if momentum == 'second' else {}
+  more = dict(higher=tuple(sigmoid(rng.normal(size=(order - 1, *shape)))), mix=tuple(rng.normal(size=(order + 1, *shape)))) if order else {}
   if rates: more['rate'] = {name: 2 * rng.random(shape) for name in rates}
   return Gates(theta, eta, alpha, rng.random(shape) < .8, **more)
 
@@ -46,7 +47,7 @@ def problem(given: Rule, L=LENGTH, B=2, H=2, seed=0, rates=False, **options):
   memory = {name: .1 * draw(B, H, given.levels, *shape) for name, shape in net.fast.items()}
   rows = L * given.pairs
   tokens = unit(draw(B, H, L, net.key_width)), unit(draw(B, H, rows, net.key_width)), draw(B, H, rows, net.value_width)
-  return (fast, slow), memory, tokens, gates(rng, (B, H, L), momentum=given.momentum, rates=net.fast if rates else (), **options)
+  return (fast, slow), memory, tokens, gates(rng, (B, H, L), order=given.order, rates=net.fast if rates else (), **options)
 
 
 def run(form, given: Rule, arguments, **options):

@@ -26,7 +26,12 @@ CASES = {
     'chunk-1': (rule(), {'chunk': 1}),
     'chunk-128': (rule(), {'chunk': 128}),
     'swiglu-nesterov': (rule('nesterov', kind='swiglu'), {'chunk': 4}),
-    'gated-second': (rule('second', kind='gated', activation='tanh'), {'chunk': 4}),
+    'gated-second': (rule('cascade', order=2, kind='gated', activation='tanh'), {'chunk': 4}),
+    'first-mixed': (rule('cascade', order=1), {'chunk': 4}),
+    'third': (rule('cascade', order=3, kind='swiglu', clip=.5), {'chunk': 4}),
+    'fifth-zero': (rule('cascade', order=5, decay_to='zero', bias=True), {'chunk': 8}),
+    'block-fourth': (rule('cascade', order=4, mode='block'), {'chunk': 4}),
+    'exact-third': (rule('cascade', order=3, mode='exact', **LINEAR), {'chunk': 4}),
     'factorised-before': (rule(kind='factorised', slow_gain=True, read='before', activation='relu'), {'chunk': 4}),
     'low-rank': (rule(kind='low_rank', decay_to='zero'), {'chunk': 4}),
     'clip-hard': (rule(clip=.5, bias=True), {'chunk': 4}),
@@ -44,11 +49,11 @@ CASES = {
     'kl': (rule(loss='kl'), {'chunk': 4}),
     'dot': (rule(loss='dot'), {'chunk': 4}),
     'first-order': (rule(first_order=True), {'chunk': 4}),
-    'block-zero': (rule('second', mode='block', decay_to='zero', kind='swiglu'), {'chunk': 4}),
+    'block-zero': (rule('cascade', order=2, mode='block', decay_to='zero', kind='swiglu'), {'chunk': 4}),
     'block-muon': (rule('muon', mode='block', bias=True), {'chunk': 4}),
     'block-weight-norm': (rule(mode='block', weight_norm=True, decay_to='zero'), {'chunk': 4}),
     'exact-bias': (rule('nesterov', mode='exact', bias=True, **LINEAR), {'chunk': 16}),
-    'exact-decayed': (rule('second', mode='exact', bias=True, grad_at='decayed', decay_to='zero', **LINEAR), {'chunk': 4}),
+    'exact-decayed': (rule('cascade', order=2, mode='exact', bias=True, grad_at='decayed', decay_to='zero', **LINEAR), {'chunk': 4}),
     'exact-decayed-init': (rule(mode='exact', grad_at='decayed', solver='lax', **LINEAR), {'chunk': 8}),
 }
 QUICK = ('mlp',)
@@ -82,13 +87,14 @@ def test_one_token_a_chunk_is_the_online_rule():
     assert furthest(run(mix, given, arguments, chunk=1), online) <= 1e-12
 
 
-@pytest.mark.parametrize('momentum', ['second', *(pytest.param(name, marks=pytest.mark.slow) for name in ('none', 'first', 'nesterov'))])
-def test_coefficients_equal_a_loop(momentum):
+@pytest.mark.parametrize(('momentum', 'order'), [('cascade', 3), *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+    ('none', 0), ('first', 0), ('nesterov', 0), ('cascade', 1), ('cascade', 2), ('cascade', 5)))])
+def test_coefficients_equal_a_loop(momentum, order):
   """Matrix form, row form and what whole chunks do, against unit gradients pushed through the equations."""
   rng, C = np.random.default_rng(3), 11
   with jax.enable_x64():
-    found = gates(rng, (C,), momentum=momentum)
-    size = steps.levels(momentum)
+    found = gates(rng, (C,), order=order)
+    size = steps.levels(momentum, order)
     state, reads = np.concatenate([np.zeros((size, C)), np.eye(size)], 1), []       # columns: gradients, then M_0
     for t in range(C):
       now = jax.tree.map(lambda a: a[t], found)
@@ -99,9 +105,9 @@ def test_coefficients_equal_a_loop(momentum):
         else:
           s[0] = step = now.eta * s[0] + g
           if momentum == 'nesterov': step = now.eta * s[0] + g
-          if momentum == 'second':
-            s[1] = now.eta2 * s[1] + s[0]
-            step = now.mix[0] * g + now.mix[1] * s[0] + now.mix[2] * s[1]
+          if momentum == 'cascade':
+            for n, eta in enumerate(now.higher): s[n + 1] = eta * s[n + 1] + s[n]
+            step = sum(c * one for c, one in zip(now.mix, [g, *s], strict=True))
         state = np.stack([(1 - now.alpha) * w + step, *s])
       reads.append(state[0])
     def forms(found):

@@ -12,7 +12,7 @@ from tests.ops.inputs import quick
 from tests.ops.neural_cases import furthest, problem, rule, run, start_of
 
 ATTENTION = {'first': rule(mode='block', kind='attention', activation='gelu'),
-             'second-zero': rule('second', mode='block', kind='attention', decay_to='zero', residual=False),
+             'second-zero': rule('cascade', order=2, mode='block', kind='attention', decay_to='zero', residual=False),
              'pairs-huber': rule('nesterov', mode='block', kind='attention', loss='huber', argument=.5, pairs=2, first_order=True)}
 
 

@@ -1,5 +1,6 @@
 """What neural memories learned while a text was read; plain lists, ready for JSON."""
 import dataclasses
+import re
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from memjax.models.decoder import Decoder, build_decoder
 from memjax.runtime.analysis.plain import round_list
 from memjax.runtime.reading import Run
 
-GATES = ('theta', 'eta', 'alpha', 'eta2', 'c0', 'c1', 'c2')
+GATES = re.compile(r'(theta|alpha|eta\d*|c\d+)_BxLxH')
 POINTS = 200           # of a curve over tokens
 
 
@@ -46,7 +47,7 @@ def learning_of(seen: dict[str, np.ndarray], mask_BxL: np.ndarray, change_TxBxH:
   def over_time(a_BxLxH):
     total_L = np.where(mask_BxL, np.asarray(a_BxLxH, np.float64).mean(-1), 0).sum(0)
     return round_list((np.add.reduceat(total_L, edges[:-1]) / np.maximum(count, 1))[count > 0])
-  gates = {name: over_time(seen[f'{name}_BxLxH']) for name in GATES if f'{name}_BxLxH' in seen}
+  gates = {found[1]: over_time(a) for name, a in seen.items() if (found := GATES.fullmatch(name))}
   return {'tokens': edges[1:][count > 0].tolist(), 'surprise': over_time(seen['surprise_BxLxH']),
           'inner_loss': over_time(seen['inner_loss_BxLxH']), 'clipped': over_time(seen['kept_BxLxH'] < 1), 'gates': gates,
           'weight_tokens': at, 'weight_change': round_list(change_TxBxH.mean(1))}
