@@ -15,6 +15,11 @@ class TitansConfig:
                      'sigmoid or silu; or w y + (1 - w) m with a learned gate w', choices=('double_sigmoid', 'sigmoid', 'silu', 'mix'))
   lookback: int = option(0, "segments before its own whose tokens attention of ':mac' sees", low=0, high=1)
   learned: int = option(0, "learned queries with which ':mac' recalls at the start of a segment; 0 = one from each token", low=0)
+  asked: str = option('aligned', "whose queries recall for ':mac': a token sees the answer to its own and earlier ones of its segment, or "
+                      'to all of the segment before', choices=('aligned', 'previous'))
+  write: str = option('attention', "what the memory of ':mac' learns from: what attention found; that plus the input, which then also "
+                      'takes its place in fuse; or the input, which it reads once, for attention to see and for fuse',
+                      choices=('attention', 'sum', 'input'))
   read: str = option('token', "the memory that ':mac' reads with what attention found: with the writes up to that token, or that of the "
                      "segment's start", choices=('token', 'segment'))
 
@@ -32,6 +37,10 @@ def check_titans(model: Any) -> None:
     needed = (MAG, MAC) if field.name == 'fuse' else (MAC,)
     changed = getattr(titans, field.name) != field.default
     refuse(changed and not used.intersection(needed), f'block.titans.{field.name} applies to {" and ".join(needed)}, which no layer has')
+    asks = field.name in ('learned', 'asked', 'read')
+    refuse(changed and asks and titans.write == 'input',
+           f"block.titans.{field.name} does not apply to write='input', where each token reads the memory once")
+  refuse(titans.learned > 0 and titans.asked != 'aligned', f"block.titans.learned={titans.learned} leaves no queries to asked='previous'")
 
 
 def _check_stage(model: Any, names: tuple[str, ...], wiring: str, *, path: str) -> None:
@@ -54,8 +63,8 @@ def _check_stage(model: Any, names: tuple[str, ...], wiring: str, *, path: str) 
   refuse(memory.waits or memory.rule.mode == 'tnt',
          f'{path} ends with {second!r}, whose writes wait for the end of a chunk; {MAC} reads every token')
   refuse(attention.kind != 'window', f'{path} begins with {first!r} of kind {attention.kind}; {MAC} begins with window, its segment')
+  refuse(attention.backend == 'cudnn', f"{path} attends also to what was recalled, which mixers.{first}.backend='cudnn' does not have")
   refuse(attention.window % memory.chunk != 0,
          f'{path} needs mixers.{first}.window={attention.window}, its segment, to be a multiple of mixers.{second}.chunk={memory.chunk}')
   refuse(bool({first, second}.intersection(model.grafted)),
          f'{path} cannot be grafted: {MAC} puts more keys into the softmax, which disturbs the host; use a stage of its own or {MAG}')
-  refuse(attention.backend == 'cudnn', f"{path} attends also to what was recalled, which mixers.{first}.backend='cudnn' does not have")

@@ -12,16 +12,18 @@ from memjax.ops.neural_scan import group_size
 
 @struct.dataclass
 class ContextTokens:
-  """Tokens of one segment: queries, keys and values of attention, queries to the memory, positions; which exist, which write; does a
-  document start with them; does the memory stay as it is, is what it reads replaced by zeros."""
+  """Tokens of one segment: queries, keys and values of attention, queries to the memory or keys and values of what it read, positions;
+  which exist, which write; does a document start with them; the input, where the memory learns from it too; does the memory stay as
+  it is, is what it reads replaced by zeros."""
   query_BxTxHxK: jax.Array
   key_BxTxGxK: jax.Array
   value_BxTxGxK: jax.Array
-  recall_BxTxHxK: Any
+  recall: Any                              # [B, T, H, K], or two [B, T, G, K]
   position_BxT: jax.Array
   real_BxT: jax.Array
   written_BxT: jax.Array
   fresh_B: jax.Array
+  input_BxTxD: Any = None
   frozen: bool = struct.field(default=False, pytree_node=False)
   silent: bool = struct.field(default=False, pytree_node=False)
 

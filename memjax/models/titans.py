@@ -3,6 +3,8 @@
 Per segment, with the weights W at its start: h_j = M(q_j; W) recalls for token j; y_j = softmax over persistent tokens, h_i and x_i
 (i <= j); the memory learns from norm(y_j); r_j = M(q'(y_j); W_j) with the writes up to j; o_j = W_O fuse(norm(y_j), r_j). The drawing of
 the paper shows all h of the segment to all its tokens and reads the weights after it, which leaks: `form='paper'`, for encoders.
+With write='sum' y_j + x_j stands for y_j, so that the memory sees the token itself before attention has learned to look at it. With
+'input' the memory learns from x as a layer of its own, and what it reads is both h and r.
 A segment has `window` real tokens of a document (that of the attention), so that cuts and padding move nothing.
 """
 from typing import Any
@@ -14,14 +16,13 @@ from flax import struct
 
 from memjax.config.errors import UserError
 from memjax.config.schema import ModelConfig
-from memjax.layers.conv import find_taps, next_tail, short_conv
-from memjax.layers.linear import Linear, partitioned
 from memjax.layers.lora import NOISE, Lora
 from memjax.layers.norm import RMSNorm
 from memjax.memory.base import confidence, only_real, where_rows
-from memjax.memory.neural_inputs import NeuralInputs, same_tap, unit
+from memjax.memory.neural_inputs import NeuralInputs
 from memjax.memory.registry import make_memory
 from memjax.models.fuse import Fuse
+from memjax.models.recall import Recall
 from memjax.models.segments import ContextTokens, cut_rows, put, scan_segments, scan_tokens
 from memjax.ops.attention import attend
 from memjax.ops.neural_layout import lay_out
@@ -31,55 +32,14 @@ from memjax.ops.neural_layout import lay_out
 class ContextState:
   """Keys and values of the segment's tokens (with lookback those of the segment before it first) and of what was recalled for them,
   slots of the segment; tokens in it; is there a segment before it; tail of the raw recall queries; the memory's weights at its start
-  minus the learned ones, where a segment is longer than a chunk."""
+  minus the learned ones, where a segment is longer than a chunk; queries to the memory and positions, which the next segment asks."""
   token: tuple[jax.Array, jax.Array]            # [B, G, M, K]
   recalled: tuple[jax.Array, jax.Array]         # [B, G, S, K], empty where learned queries recall
   slot_B: jax.Array
   past_B: jax.Array
   tail_BxTxE: jax.Array
   start: Any = None
-
-
-class Recall(nn.Module):
-  """Queries to the memory at the segment's start, from the tokens or learned, and the vectors that its answers become."""
-  config: Any
-  shape: tuple[int, int, int]
-  width: int
-  learned: int = 0
-  epsilon: float = 1e-6
-  dtype: Any = jnp.float32
-  std: float = 0.0
-  lora: Lora = Lora()
-
-  def setup(self):
-    (H, K, _), shared, p = self.shape, dict(std=self.std, dtype=self.dtype, lora=self.lora), self.config.proj
-    self.norm = RMSNorm(self.epsilon, self.dtype, name='norm')
-    self.out = Linear(self.width, ('heads', 'embed'), name='out', **shared)
-    if self.learned:
-      self.own = self.param('learned', partitioned(nn.initializers.normal(1.0), (None, 'heads')), (self.learned, H * K))
-      return
-    self.query = Linear(H * K, ('embed', 'heads'), name='query', **shared)
-    if p.conv_width: self.taps = self.param('taps', partitioned(same_tap, (None, 'heads')), (p.conv_width, H * K))
-
-  def queries(self, x_BxLxD: jax.Array, tail_BxTxE: jax.Array, **flow) -> tuple[jax.Array, jax.Array]:
-    """(queries [B, L, H, K] by convolution over written tokens of a document, activation and norm; next tail)."""
-    p, (H, K, _) = self.config.proj, self.shape
-    x = self.query(x_BxLxD).astype(jnp.promote_types(jnp.float32, self.dtype))
-    if p.conv_width:
-      taps = find_taps(p.conv_width, x.shape[1], **flow)
-      x, tail_BxTxE = short_conv(x, self.taps, tail_BxTxE, taps), next_tail(x, tail_BxTxE, taps)
-    if p.activation: x = jax.nn.silu(x)
-    return unit(x.reshape(*x.shape[:2], H, K), p.qk_norm).astype(self.dtype), tail_BxTxE
-
-  def constants(self, rows: int) -> jax.Array:
-    """The learned queries, [B, N, H, K]."""
-    H, K, _ = self.shape
-    own = unit(self.own.reshape(1, self.learned, H, K), self.config.proj.qk_norm).astype(self.dtype)
-    return jnp.broadcast_to(own, (rows, *own.shape[1:]))
-
-  def vectors(self, read_BxLxHxV: jax.Array) -> jax.Array:
-    """h [B, L, D]."""
-    return self.out(self.norm(read_BxLxHxV.reshape(*read_BxLxHxV.shape[:2], -1)))
+  asked: Any = None                             # [B, S, H, K], [B, S]
 
 
 def context_state(config: ModelConfig, names: tuple[str, str], batch: int) -> ContextState:
@@ -89,9 +49,12 @@ def context_state(config: ModelConfig, names: tuple[str, str], batch: int) -> Co
   pair = lambda size: (jnp.zeros((batch, attention.groups, size, attention.head_width), wide),) * 2
   start = {name: jnp.zeros((batch, H, *shape), wide) for name, shape in memory.rule.network.fast.items()}
   count = jnp.zeros((batch,), jnp.int32)
-  tail = jnp.zeros((batch, 0 if titans.learned else max(memory.config.proj.conv_width - 1, 0), H * K), wide)
-  return ContextState(pair(S * (1 + titans.lookback)), pair(0 if titans.learned else S), count, count, tail,
-                      start if memory.config.chunk < S else None)
+  reads_once = titans.write == 'input'
+  tail = jnp.zeros((batch, 0 if titans.learned or reads_once else max(memory.config.proj.conv_width - 1, 0), H * K), wide)
+  asked = (jnp.zeros((batch, S, H, K), wide), jnp.zeros((batch, S), jnp.int32)) if titans.asked == 'previous' else None
+  begins = memory.config.chunk < S and not reads_once and (asked is None or titans.read == 'segment')
+  return ContextState(pair(S * (1 + titans.lookback)), pair(0 if titans.learned else S), count, count, tail, start if begins else None,
+                      asked)
 
 
 class Context(nn.Module):
@@ -110,7 +73,7 @@ class Context(nn.Module):
     self.attention, self.memory = make(first, self.attention_lora), make(second, self.memory_lora)
     shared = dict(epsilon=c.block.norm_epsilon, std=c.block.init_std, dtype=dtype, lora=self.memory_lora)
     shape = make_memory(c.mixers[second], c.width, parent=None).shape
-    self.recall = Recall(c.mixers[second], shape, c.width, c.block.titans.learned, name='recall', **shared)
+    self.recall = Recall(c.mixers[second], shape, c.width, c.block.titans.learned, self.reads_once, name='recall', **shared)
     self.norm = RMSNorm(c.block.norm_epsilon, dtype, name='norm_attention')
     self.fuse = Fuse(c.block.titans.fuse, norm_first=False, name='fuse', **shared)
 
@@ -118,6 +81,11 @@ class Context(nn.Module):
   def size(self) -> int:
     """S, tokens of a segment."""
     return self.config.mixers[self.names[0]].window
+
+  @property
+  def reads_once(self) -> bool:
+    """Whether the memory learns from the input."""
+    return self.config.block.titans.write == 'input'
 
   def init_state(self, batch: int) -> dict:
     """Zero states of both parts by name. Raises UserError for form 'paper', which sees the future and cannot stream."""
@@ -136,23 +104,29 @@ class Context(nn.Module):
     written_BxL = real_BxL if flow.write_mask_BxL is None else real_BxL & flow.write_mask_BxL
     reset_BxL = real_BxL & (flow.position_BxL == 0 if flow.reset_BxL is None else flow.reset_BxL)
     states = states or self.clone(form='causal', parent=None).init_state(x_BxLxD.shape[0])
-    inputs, recall, tail = self.attention.project(x_BxLxD, flow.position_BxL), None, states[first].tail_BxTxE
-    if not self.config.block.titans.learned:
+    inputs, position = self.attention.project(x_BxLxD, flow.position_BxL), flow.position_BxL
+    given = dict(mask_BxL=flow.mask_BxL, write_mask_BxL=flow.write_mask_BxL, reset_BxL=reset_BxL)
+    recall, tail, memory = None, states[first].tail_BxTxE, states[second]
+    if self.reads_once:
+      read_BxLxE, new, told = self.memory.mix(x_BxLxD, memory, collect=collect, **flow.told(second) | {'reset_BxL': reset_BxL})
+      if second in flow.silent: read_BxLxE = jnp.zeros_like(read_BxLxE)
+      recall, memory = self.attention.keys(self.recall.vectors(read_BxLxE[:, :, None]), position), None
+    elif not self.config.block.titans.learned:
       recall, tail = self.recall.queries(x_BxLxD, tail, written_BxL=written_BxL, reset_BxL=reset_BxL)
-    tokens = ContextTokens(inputs.q_BxLxHxK, inputs.k_BxLxGxK, inputs.v_BxLxGxK, recall, flow.position_BxL, real_BxL, written_BxL,
-                           reset_BxL, second in flow.frozen, second in flow.silent)
-    (own, memory), (y_BxLxD, read_BxLxE, gate) = self._run((states[first], states[second]), tokens)
+    own_BxLxD = x_BxLxD if self.config.block.titans.write == 'sum' else None
+    tokens = ContextTokens(inputs.q_BxLxHxK, inputs.k_BxLxGxK, inputs.v_BxLxGxK, recall, position, real_BxL, written_BxL,
+                           reset_BxL, own_BxLxD, second in flow.frozen, second in flow.silent)
+    (own, memory), (y_BxLxD, *found) = self._run((states[first], memory), tokens)
     z_BxLxD = self.norm(y_BxLxD)
+    if self.reads_once: memory = new
+    else:
+      read_BxLxE, gate = found
+      told = {**self.memory.aux(memory, NeuralInputs(y_BxLxD, gate), read_BxLxE, mask_BxL=flow.mask_BxL), **self.memory.monitors(memory)}
+      if collect: told['statistics'] = self.memory.statistics(states[second], self.memory.project(z_BxLxD, position), read_BxLxE, **given)
     out_BxLxD = self.attention.readout(x_BxLxD, self.fuse(x_BxLxD, z_BxLxD, self.memory.readout(z_BxLxD, read_BxLxE)))
-    told = {first: {'confidence': jax.lax.stop_gradient(confidence(y_BxLxD).mean())},
-            second: {**self.memory.aux(memory, NeuralInputs(y_BxLxD, gate), read_BxLxE, mask_BxL=flow.mask_BxL),
-                     **self.memory.monitors(memory)}}
-    if collect:
-      given = dict(mask_BxL=flow.mask_BxL, write_mask_BxL=flow.write_mask_BxL, reset_BxL=reset_BxL)
-      told[first]['statistics'] = self.attention.statistics(own, inputs, y_BxLxD)
-      learned = self.memory.project(z_BxLxD, flow.position_BxL)
-      told[second]['statistics'] = self.memory.statistics(states[second], learned, read_BxLxE, **given)
-    return out_BxLxD, {first: own.replace(tail_BxTxE=tail), second: memory}, told
+    seen = {'confidence': jax.lax.stop_gradient(confidence(y_BxLxD).mean())}
+    if collect: seen['statistics'] = self.attention.statistics(own, inputs, y_BxLxD)
+    return out_BxLxD, {first: own.replace(tail_BxTxE=tail), second: memory}, {first: seen, second: told}
 
   def _run(self, carry, tokens: ContextTokens):
     """(states, outputs of `segment` for all tokens): by segments where all tokens write and have a slot, else token by token."""
@@ -185,28 +159,41 @@ class Context(nn.Module):
     carry = where_rows(tokens.fresh_B, jax.tree.map(jnp.zeros_like, carry), carry)
     own, memory = carry
     B, T = tokens.real_BxT.shape
-    start = self._start(own, memory)
-    learned = self.config.block.titans.learned
-    query = self.recall.constants(B) if learned else tokens.recall_BxTxHxK
-    h_BxTxD = self.recall.vectors(self.memory.read_anchor(start, query))
-    if tokens.silent: h_BxTxD = jnp.zeros_like(h_BxTxD)
-    recalled = self.attention.keys(h_BxTxD, jnp.zeros((B, learned), jnp.int32) if learned else tokens.position_BxT)
+    start = None if self.reads_once else self._start(own, memory)
     S, lookback = self.size, self.config.block.titans.lookback
     before = jnp.split(own.token[0], [S * lookback], 2)[0], jnp.split(own.token[1], [S * lookback], 2)[0]
     place_BxT = own.slot_B[:, None] if T == 1 else jnp.broadcast_to(jnp.arange(T)[None], (B, T))
     given = tokens.key_BxTxGxK, tokens.value_BxTxGxK
     put_all = lambda rings, new: tuple(put(ring, one, place_BxT, tokens.written_BxT) for ring, one in zip(rings, new, strict=True))
     token = put_all((ring[:, :, S * lookback:] for ring in own.token), given)
-    recalled = tuple(jnp.swapaxes(a, 1, 2) for a in recalled) if learned else put_all(own.recalled, recalled)
+    recalled = self._recalled(own, start, tokens, put_all)
     slot_B = own.slot_B + tokens.written_BxT.sum(1, dtype=own.slot_B.dtype)
     see = self._sees(own, place_BxT, slot_B)
     keys, values = (jnp.concatenate([a.astype(self.memory.state_dtype) for a in parts], 2)
                     for parts in zip(before, recalled, token, strict=True))
     y = attend(tokens.query_BxTxHxK, keys, values, see=lambda at, size: cut_rows(see, at, size), always=self.attention.always)
-    y_BxTxE = jnp.where(tokens.real_BxT[..., None], y.reshape(B, T, -1), 0)
-    memory, read_BxTxE, gate = self._learn(memory, self.norm(y_BxTxE), tokens, start)
-    if tokens.silent: read_BxTxE = jnp.zeros_like(read_BxTxE)
-    return (self._moved(own, memory, slot_B, before=before, token=token, recalled=recalled), memory), (y_BxTxE, read_BxTxE, gate)
+    y_BxTxE, found = jnp.where(tokens.real_BxT[..., None], y.reshape(B, T, -1), 0), ()
+    if tokens.input_BxTxD is not None: y_BxTxE += tokens.input_BxTxD.astype(y_BxTxE.dtype)
+    if not self.reads_once:
+      memory, read_BxTxE, gate = self._learn(memory, self.norm(y_BxTxE), tokens, start)
+      found = jnp.zeros_like(read_BxTxE) if tokens.silent else read_BxTxE, gate
+    if own.asked is not None: own = own.replace(asked=self._asked(own, tokens, place_BxT))
+    return (self._moved(own, memory, slot_B, before=before, token=token, recalled=recalled, silent=tokens.silent),
+            memory), (y_BxTxE, *found)
+
+  def recalled_by(self, memory: Any, query_BxTxHxK: jax.Array, position_BxT: jax.Array, *, silent: bool = False) -> tuple:
+    """Keys and values [B, T, G, K] of the answers of the weights at the memory's anchor."""
+    h_BxTxD = self.recall.vectors(self.memory.read_anchor(memory, query_BxTxHxK.astype(self.memory.dtype)))
+    return self.attention.keys(jnp.zeros_like(h_BxTxD) if silent else h_BxTxD, position_BxT)
+
+  def _recalled(self, own: ContextState, start, tokens: ContextTokens, put_all) -> tuple:
+    """Keys and values [B, G, N, K] of what was recalled for the segment, its new tokens included."""
+    B, learned = tokens.real_BxT.shape[0], self.config.block.titans.learned
+    if own.asked is not None: return own.recalled
+    if self.reads_once: return put_all(own.recalled, tokens.recall)
+    if not learned: return put_all(own.recalled, self.recalled_by(start, tokens.recall, tokens.position_BxT, silent=tokens.silent))
+    found = self.recalled_by(start, self.recall.constants(B), jnp.zeros((B, learned), jnp.int32), silent=tokens.silent)
+    return tuple(jnp.swapaxes(a, 1, 2) for a in found)
 
   def _start(self, own: ContextState, memory: Any) -> Any:
     """The memory as it was at the start of the segment, for `read_anchor`."""
@@ -220,7 +207,9 @@ class Context(nn.Module):
     filled = jnp.broadcast_to(at < slot_B[:, None, None], (B, T, S))
     past = jnp.broadcast_to((own.past_B > 0)[:, None, None], (B, T, S * titans.lookback))
     near = filled & (at <= place_BxT[..., None])
-    recalled = jnp.ones((B, T, titans.learned), bool) if titans.learned else filled if self.form == 'paper' else near
+    if titans.learned: recalled = jnp.ones((B, T, titans.learned), bool)
+    elif titans.asked == 'previous': recalled = jnp.broadcast_to((own.past_B > 0)[:, None, None], (B, T, S))
+    else: recalled = filled if self.form == 'paper' else near
     return jnp.concatenate([past, recalled, near], 2)
 
   def _learn(self, memory, z_BxTxD, tokens: ContextTokens, start):
@@ -245,7 +234,24 @@ class Context(nn.Module):
     y = self.memory.read_pending(new, query) if self.form == 'paper' else self.memory.read_anchor(start, query)
     return new, jnp.where(tokens.real_BxT[..., None], y.reshape(read.shape).astype(read.dtype), 0), inputs.gate_BxLxGxH
 
-  def _moved(self, own: ContextState, memory, slot_B, *, before, token, recalled) -> ContextState:
+  def _asked(self, own: ContextState, tokens: ContextTokens, place_BxT) -> tuple:
+    """Queries and positions of the segment with those of the tokens in their slots."""
+    wide = lambda a: a[:, :, None, None]
+    query = put(jnp.swapaxes(own.asked[0], 1, 2), tokens.recall, place_BxT, tokens.written_BxT)
+    at = put(jnp.swapaxes(wide(own.asked[1]), 1, 2), wide(tokens.position_BxT), place_BxT, tokens.written_BxT)
+    return jnp.swapaxes(query, 1, 2), at[:, 0, :, 0]
+
+  def _asks(self, own: ContextState, memory: Any, full_B, *, silent: bool) -> tuple:
+    """What the next segment sees of the memory where this one is complete: answers to the queries of this one."""
+    module, variables = self.clone(parent=None), self.variables
+    def ask(recalled):
+      if self.is_initializing(): found = self.recalled_by(memory, *own.asked, silent=silent)
+      else: found = module.apply(variables, memory, *own.asked, silent=silent, method='recalled_by')
+      return where_rows(full_B, tuple(jnp.swapaxes(a, 1, 2).astype(self.memory.state_dtype) for a in found), recalled)
+    if self.is_initializing(): return ask(own.recalled)
+    return jax.lax.cond(jnp.any(full_B), ask, lambda recalled: recalled, own.recalled)
+
+  def _moved(self, own: ContextState, memory, slot_B, *, before, token, recalled, silent) -> ContextState:
     """The state after the tokens: a complete segment becomes the one before, and the next starts at the weights now."""
     full_B, empty = slot_B == self.size, lambda tree: jax.tree.map(jnp.zeros_like, tree)
     if self.config.block.titans.lookback: before = where_rows(full_B, token, before)
@@ -255,6 +261,9 @@ class Context(nn.Module):
       now = memory.anchor if memory.anchor is not None else {name: levels[0] for name, levels in memory.fast.items()}
       start = where_rows(full_B, now, start)
     joined = tuple(jnp.concatenate(pair, 2) for pair in zip(before, token, strict=True))
-    recalled = own.recalled if self.config.block.titans.learned else where_rows(full_B, empty(recalled), recalled)
+    if own.asked is not None:
+      recalled = self._asks(own, memory, full_B, silent=silent)
+      own = own.replace(asked=where_rows(full_B, empty(own.asked), own.asked))
+    else: recalled = own.recalled if self.config.block.titans.learned else where_rows(full_B, empty(recalled), recalled)
     return own.replace(token=joined, recalled=recalled, slot_B=jnp.where(full_B, 0, slot_B), start=start,
                        past_B=jnp.where(full_B, 1, own.past_B).astype(own.past_B.dtype))

@@ -168,6 +168,7 @@ MORE = {
                         TitansConfig(write='input', lookback=1)),
     'mac-previous': Wiring('mac', WindowConfig(heads=4, kv_heads=2, window=4), neural(chunk=2, net=ONE_MATRIX),
                            TitansConfig(asked='previous')),
+    'mac-sum': Wiring('mac', WindowConfig(heads=2, window=4), neural(chunk=4, net=ONE_MATRIX), TitansConfig(write='sum', fuse='mix')),
     'mac-exact': Wiring('mac', WindowConfig(heads=2, window=4, qk_norm=1e-6), neural(net=ONE_MATRIX, rule=NeuralRuleConfig(mode='exact')),
                         TitansConfig(fuse='mix')),
     'losses': holographic(loss=MemoryLossConfig(replay=.1, contrastive=.1, balance=.1, gate=.1)),

@@ -106,6 +106,8 @@ DECODER = [
     ('block.titans.fuse', 'sigmoid', 'output', MAG), ('block.titans.fuse', 'silu', 'output', MAG),
     ('block.titans.fuse', 'mix', 'shape', MAG),
     ('block.titans.lookback', 1, 'output', MAC), ('block.titans.learned', 2, 'shape', MAC), ('block.titans.read', 'segment', 'output', MAC),
+    ('block.titans.asked', 'previous', 'output', MAC), ('block.titans.write', 'sum', 'output', MAC),
+    ('block.titans.write', 'input', 'shape', MAC),
     ('block.activation', 'silu', 'output', GELU), ('block.activation', 'relu', 'output', GELU),
     ('block.activation', 'sigmoid', 'output', GELU), ('block.activation', 'tanh', 'output', GELU),
     ('embedding.tie', False, 'shape', {}), ('embedding.position', 'learned', 'shape', {'embedding.max_position': 8}),
