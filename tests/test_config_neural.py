@@ -75,6 +75,15 @@ REFUSED = [
   (lambda: NeuralConfig(rule=NeuralRuleConfig(momentum='none'), gates=NeuralGatesConfig(theta_momentum_norm=False)),
    'gates.theta_momentum_norm needs rule.momentum'),
   (lambda: NeuralConfig(gates=NeuralGatesConfig(order=3)), "gates.order applies to rule.momentum='cascade', not to 'first'"),
+  (lambda: NeuralNetConfig(kind='custom'), "function goes with kind 'custom', and only with it"),
+  (lambda: NeuralNetConfig(kind='custom', function='unheard'), "function='unheard' is not registered (memjax.ops.neural_custom)"),
+  (lambda: NeuralNetConfig(kind='swiglu', function='unheard'), "function goes with kind 'custom', and only with it"),
+  (lambda: NeuralProjConfig(features='unheard'), "features='unheard' is not registered (memjax.ops.neural_custom)"),
+  (lambda: NeuralProjConfig(features='polynomial', qk_norm='rms'), "features='polynomial' needs qk_norm='l2', not 'rms'"),
+  (lambda: NeuralProjConfig(degree=3), "degree applies to features='polynomial'"),
+  (lambda: NeuralConfig(proj=NeuralProjConfig(features='polynomial')), "net.residual must be 'off' with proj.features, which widen keys"),
+  (lambda: NeuralConfig(rule=TNT, net=NeuralNetConfig(residual='off'), proj=NeuralProjConfig(features='polynomial')),
+   "proj.features does not apply to rule.mode='tnt'"),
   (lambda: model(heads=7), 'mixers.mem.heads=7 does not divide width=64'),
 ]
 

@@ -4,6 +4,7 @@ import dataclasses
 from memjax.config.errors import refuse
 from memjax.config.mixers import mixer
 from memjax.config.options import config, option
+from memjax.config.registered import FEATURES, NETWORKS, check_registered
 
 PLAIN_KINDS = ('linear', 'mlp')                     # whose layers may have fast biases
 LAYERED_KINDS = ('mlp', 'gated', 'factorised', 'low_rank')
@@ -18,7 +19,9 @@ def _only(part, names: tuple, applies: bool, reason: str) -> None:
 @config
 class NeuralNetConfig:
   """The network whose weights are the memory (specification section 6)."""
-  kind: str = option('mlp', 'architecture', choices=('linear', 'mlp', 'swiglu', 'gated', 'factorised', 'low_rank', 'attention'))
+  kind: str = option('mlp', 'architecture', choices=('linear', 'mlp', 'swiglu', 'gated', 'factorised', 'low_rank', 'attention',
+                                                        'custom'))
+  function: str = option('', "name of a network of kind custom (Python: memjax.ops.neural_custom)")
   depth: int = option(2, 'layers of mlp, gated, factorised and low_rank', low=1, high=4)
   expansion: int = option(4, 'inner width in key widths', low=1)
   activation: str = option('silu', 'between the layers', choices=('silu', 'gelu', 'relu', 'tanh'))
@@ -32,8 +35,10 @@ class NeuralNetConfig:
 
   def __post_init__(self):
     _only(self, ('depth',), self.kind in LAYERED_KINDS, f'{", ".join(LAYERED_KINDS)}, not to {self.kind}')
-    _only(self, ('expansion',), self.kind != 'linear', 'networks with an inner width, not to linear')
-    _only(self, ('activation',), self.kind not in ('linear', 'swiglu'),
+    refuse((self.kind == 'custom') != bool(self.function), "function goes with kind 'custom', and only with it")
+    if self.function: check_registered('function', self.function, NETWORKS)
+    _only(self, ('expansion',), self.kind not in ('linear', 'custom'), f'networks with an inner width, not to {self.kind}')
+    _only(self, ('activation',), self.kind not in ('linear', 'swiglu', 'custom'),
           f'mlp, gated, factorised, low_rank and attention, not to {self.kind}')
     _only(self, ('rank',), self.kind in ('factorised', 'low_rank'), f'factorised and low_rank, not to {self.kind}')
     _only(self, ('gain',), self.has_residual, 'the residual form, which is off')
@@ -130,12 +135,18 @@ class NeuralProjConfig:
   conv_width: int = option(4, 'taps of the causal short convolution; 0 = none', low=0)
   activation: str = option('silu', 'after the convolution', choices=('', 'silu'))
   qk_norm: str = option('l2', 'of queries and keys', choices=('l2', 'rms', 'none'))
+  features: str = option('', "of queries and keys after their norm: polynomial, or a name (Python: memjax.ops.neural_custom); '' = none")
+  degree: int = option(2, 'of polynomial features', low=2, high=4)
   lookahead: bool = option(False, 'store the value of a token under the key of the token before it')
   out_norm: bool = option(True, 'RMS norm of the read per head')
   out_gate: str = option('silu', 'what the read is multiplied by: act(W x)', choices=('', 'silu', 'sigmoid'))
 
   def __post_init__(self):
     refuse(self.conv_width == 1, 'conv_width=1 mixes no tokens; 0 is off')
+    is_own = self.features not in ('', 'polynomial')
+    if is_own: check_registered('features', self.features, FEATURES)
+    refuse(self.features == 'polynomial' and self.qk_norm != 'l2', f"features='polynomial' needs qk_norm='l2', not {self.qk_norm!r}")
+    refuse(self.degree != 2 and self.features != 'polynomial', "degree applies to features='polynomial'")
 
 
 @config
@@ -194,6 +205,7 @@ class NeuralConfig:
     for name, size in (('chunk', self.chunk), *((f'locals.chunks[{n}]', size) for n, size in enumerate(here.chunks))):
       refuse(here.shard % size != 0, f'locals.shard={here.shard} must be a multiple of {name}={size}')
     refuse(self.write.pairs > 1, "write.pairs does not apply to rule.mode='tnt'")
+    refuse(self.proj.features != '', "proj.features does not apply to rule.mode='tnt'")
 
   def _check_whole(self):
     mixes, mode = self.net.kind == 'attention', self.rule.mode
@@ -218,6 +230,7 @@ class NeuralConfig:
            "gates.theta_norm='gram' needs rule.mode='token' with write.window=1 and write.pairs=1")
     constant = rule.mode == 'token' and rule.momentum == 'none' and not rule.forget
     refuse(gates.row_factor and not constant, "gates.row_factor needs rule.mode='token', rule.momentum='none' and no rule.forget")
+    refuse(self.proj.features != '' and net.has_residual, "net.residual must be 'off' with proj.features, which widen keys")
     self._check_whole()
     self._check_tnt()
     refuse(net.has_residual and self.value_width not in (0, self.key_width), 'value_width must be key_width in the residual form of net')

@@ -205,7 +205,7 @@ class Neural(NeuralStep):
     new, _, told = self.chunks(state, inputs, self._layout(state, real_BxL, resets), (real_BxL, resets))
     items, _ = self.projections.items(inputs, state.tail, written_BxL=real_BxL, reset_BxL=resets)
     unit = lambda a: a.astype(jnp.float32) / jnp.maximum(jnp.linalg.norm(a.astype(jnp.float32), axis=-1, keepdims=True), 1e-12)
-    (_, K, V), first = self.shape, lambda a, width: a[..., :width]                    # of several pairs the first
+    V, K, first = self.shape[2], self.parts.key_width, lambda a, width: a[..., :width]                    # of several pairs the first
     value, recalled = unit(first(items.value, V)), unit(self.read_pending(new, first(items.key, K)))
     cosine = lambda value: jnp.sum(recalled * value, -1).mean(-1)
     gate = {f'{name}_BxLxH': inputs.gate_BxLxGxH[:, :, n] for n, name in enumerate(self.parts.names[:-1])}

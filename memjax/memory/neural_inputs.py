@@ -12,6 +12,7 @@ from memjax.config.neural import NeuralConfig
 from memjax.layers.conv import find_taps, next_tail, short_conv
 from memjax.layers.linear import Linear, partitioned
 from memjax.layers.lora import Lora
+from memjax.ops.neural_custom import feature_width, features
 from memjax.ops.neural_nets import Network
 from memjax.ops.neural_steps import Gates
 
@@ -48,11 +49,16 @@ class NeuralProjections(nn.Module):
 
   @property
   def shape(self) -> tuple[int, int, int]:
-    """H, K, V."""
+    """H, K, V; K is that before the feature map."""
     c = self.config
     H = c.heads or max(self.width // 64, 1)
     K = c.key_width or self.width // H
     return H, K, c.value_width or K
+
+  @property
+  def key_width(self) -> int:
+    """Channels of a query or key as the memory sees it."""
+    return feature_width(self.shape[1], self.config.proj.features, self.config.proj.degree)
 
   @property
   def channels(self) -> tuple[int, int, int]:
@@ -64,7 +70,8 @@ class NeuralProjections(nn.Module):
   def network(self) -> Network:
     """The network whose weights are the memory of a head."""
     n, (_, K, V) = self.config.net, self.shape
-    return Network(K, V, n.kind, n.depth, n.expansion * K, n.activation, n.rank, n.has_residual, n.gain == 'slow', n.bias)
+    return Network(self.key_width, V, n.kind, n.depth, n.expansion * K, n.activation, n.rank, n.has_residual, n.gain == 'slow', n.bias,
+                   n.function)
 
   @property
   def names(self) -> tuple[str, ...]:
@@ -140,8 +147,8 @@ class NeuralProjections(nn.Module):
   @property
   def tails(self) -> dict[str, tuple[int, int]]:
     """Tokens and channels of what the state carries: raw streams, and with `lookahead` the last key with a mark that there is one."""
-    p, channels = self.config.proj, self.channels
-    return {'stream': (max(p.conv_width - 1, 0), sum(channels)), **({'key': (1, channels[1] + 1)} if p.lookahead else {})}
+    p, keys = self.config.proj, self.shape[0] * self.config.write.pairs * self.key_width
+    return {'stream': (max(p.conv_width - 1, 0), sum(self.channels)), **({'key': (1, keys + 1)} if p.lookahead else {})}
 
   def items(self, inputs: NeuralInputs, tail: dict, *, written_BxL=None, reset_BxL=None) -> tuple[NeuralItems, dict]:
     """(items, next tails): convolution over written tokens of a document, activation, norm, and the pairing of keys and values."""
@@ -154,7 +161,7 @@ class NeuralProjections(nn.Module):
     if p.activation: x = jax.nn.silu(x)
     cut = lambda a: a.reshape(*a.shape[:2], H, -1)
     first, second, _ = self.channels
-    query, key = (unit(a.reshape(*a.shape[:2], -1, K), p.qk_norm) for a in (x[..., :first], x[..., first:first + second]))
+    query, key = (finished(a.reshape(*a.shape[:2], -1, K), self.config) for a in (x[..., :first], x[..., first:first + second]))
     key, value, gate = cut(key), cut(x[..., first + second:]), inputs.gate_BxLxGxH
     query, key, value = (a.astype(self.dtype) for a in (query, key, value))
     if p.lookahead:
@@ -165,6 +172,12 @@ class NeuralProjections(nn.Module):
       key = cut(before[..., :-1])
       gate = gate.at[:, :, -1].multiply(before[..., -1:].astype(gate.dtype))
     return NeuralItems(query, key, value, gate), new
+
+
+def finished(x: jax.Array, config: NeuralConfig) -> jax.Array:
+  """Queries or keys [B, L, H, K] after norm and feature map."""
+  p = config.proj
+  return features(unit(x, p.qk_norm), p.features, p.degree)
 
 
 def unit(x: jax.Array, norm: str) -> jax.Array:

@@ -120,7 +120,7 @@ class NeuralStep(Memory):
   def init_state(self, batch: int, max_len: int = 0) -> NeuralState:
     """The learned start and nothing pending; constant in the length of the text."""
     del max_len
-    (H, K, V), C, Q, (pairs, before) = self.shape, self.config.chunk, self.rule.levels, self.reach
+    (H, _, V), K, C, Q, (pairs, before) = self.shape, self.parts.key_width, self.config.chunk, self.rule.levels, self.reach
     fast, rows = self.rule.network.fast, (before + C) * pairs
     zeros = lambda *shape: jnp.zeros((batch, *shape), self.state_dtype)
     state = NeuralState({name: tuple(zeros(H, *shape) for _ in range(Q)) for name, shape in fast.items()}, jnp.zeros((batch,), jnp.int32),
@@ -163,7 +163,7 @@ class NeuralStep(Memory):
 
   def tokens(self, items: NeuralItems, halo: NeuralItems | None = None) -> tuple[Any, ops.Tokens]:
     """(gates [..., H, L] of items [..., L, ...], writes [..., H, L pairs, ...] of `halo`, then of the items)."""
-    (_, K, V), (pairs, before) = self.shape, self.reach
+    (_, _, V), K, (pairs, before) = self.shape, self.parts.key_width, self.reach
     unpack = lambda gate: self.projections.unpack(jnp.swapaxes(jnp.moveaxis(gate, -2, 0), -1, -2))
     gates = every = unpack(items.gate)
     if halo is not None:

@@ -16,7 +16,7 @@ class NeuralWaiting(Neural):
 
   def init_state(self, batch, max_len=0):
     """The learned start and no tokens."""
-    state, (H, K, _), rule = super().init_state(batch, max_len), self.shape, self.rule
+    state, H, K, rule = super().init_state(batch, max_len), self.shape[0], self.parts.key_width, self.rule
     held = state.pending
     query = jnp.zeros((batch, self.config.chunk, H, K), self.state_dtype) if rule.network.mixes else None
     state = state.replace(pending=Pending({}, {}, held.key_BxCxHxK, held.value_BxCxHxV, held.gate_BxCxGxH, None, None, query))

@@ -9,7 +9,7 @@ from memjax.layers.conv import find_taps, next_tail, short_conv
 from memjax.layers.linear import Linear, partitioned
 from memjax.layers.lora import Lora
 from memjax.layers.norm import RMSNorm
-from memjax.memory.neural_inputs import same_tap, unit
+from memjax.memory.neural_inputs import finished, same_tap
 
 
 class Recall(nn.Module):
@@ -44,12 +44,12 @@ class Recall(nn.Module):
       taps = find_taps(p.conv_width, x.shape[1], **flow)
       x, tail_BxTxE = short_conv(x, self.taps, tail_BxTxE, taps), next_tail(x, tail_BxTxE, taps)
     if p.activation: x = jax.nn.silu(x)
-    return unit(x.reshape(*x.shape[:2], H, K), p.qk_norm).astype(self.dtype), tail_BxTxE
+    return finished(x.reshape(*x.shape[:2], H, K), self.config).astype(self.dtype), tail_BxTxE
 
   def constants(self, rows: int) -> jax.Array:
     """The learned queries, [B, N, H, K]."""
     H, K, _ = self.shape
-    own = unit(self.own.reshape(1, self.learned, H, K), self.config.proj.qk_norm).astype(self.dtype)
+    own = finished(self.own.reshape(1, self.learned, H, K), self.config).astype(self.dtype)
     return jnp.broadcast_to(own, (rows, *own.shape[1:]))
 
   def vectors(self, read_BxLxHxV: jax.Array) -> jax.Array:

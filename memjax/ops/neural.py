@@ -96,7 +96,7 @@ def squared_norms(a: dict, d: dict) -> jax.Array:
 
 def is_matrix(name: str) -> bool:
   """Whether a fast tensor is a matrix; the others are gains and biases."""
-  return name != 'gain' and not name.startswith('b_')
+  return name != 'gain' and not name.startswith(('b_', 'g_'))
 
 
 def clip_share(rule: Rule, norm: jax.Array) -> jax.Array:

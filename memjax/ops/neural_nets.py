@@ -12,8 +12,10 @@ import itertools
 import jax
 import jax.numpy as jnp
 
+from memjax.config.registered import NETWORKS
+
 ACTIVATIONS = {'silu': jax.nn.silu, 'gelu': lambda x: jax.nn.gelu(x, approximate=False), 'relu': jax.nn.relu, 'tanh': jnp.tanh}
-KINDS = ('linear', 'mlp', 'swiglu', 'gated', 'factorised', 'low_rank', 'attention')
+KINDS = ('linear', 'mlp', 'swiglu', 'gated', 'factorised', 'low_rank', 'attention', 'custom')
 EPSILON = 1e-5                       # of the layer norm
 SHARP = 8.0                          # of attention over normed queries and keys, as in titans-pytorch
 
@@ -43,9 +45,9 @@ class Network:
   """A memory network of key_width inputs and value_width outputs.
 
   kind: linear x W; mlp of `depth` layers; swiglu (silu(x W1) (.) x W3) W2; gated: residual layers mixed by a learned gate;
-  factorised: each layer x U V; low_rank: slow W + fast U V; attention: causal, over the tokens given, plus a feed-forward.
-  With `residual` M(x) = x + (1 + gain) (.) layer norm(net(x)), where the gain is fast, or slow. `bias`: fast biases on the layers of
-  linear and mlp.
+  factorised: each layer x U V; low_rank: slow W + fast U V; attention: causal, over the tokens given, plus a feed-forward; custom:
+  `function`, as `neural_custom` has registered it. With `residual` M(x) = x + (1 + gain) (.) layer norm(net(x)), where the gain is
+  fast, or slow. `bias`: fast biases on the layers of linear and mlp.
   """
   key_width: int
   value_width: int
@@ -57,6 +59,7 @@ class Network:
   residual: bool = True
   slow_gain: bool = False
   bias: bool = False
+  function: str = ''
 
   @property
   def widths(self) -> list[tuple[int, int]]:
@@ -76,6 +79,7 @@ class Network:
     elif self.kind == 'gated':
       for n in range(self.depth): shapes |= {f'up_{n}': (K, F), f'down_{n}': (F, K), f'new_{n}': (K, K), f'old_{n}': (K, K)}
       shapes['out'] = (K, V)
+    elif self.kind == 'custom': shapes = dict(NETWORKS[self.function].fast(K, V))
     elif self.kind in ('factorised', 'low_rank'):
       for n, (i, o) in enumerate(self.widths): shapes |= {f'u_{n}': (i, R), f'v_{n}': (R, o)}
     else:
@@ -86,6 +90,7 @@ class Network:
   def slow(self) -> dict[str, tuple[int, ...]]:
     """Shapes of the slow tensors of one head, by name."""
     shapes = {f's_{n}': edge for n, edge in enumerate(self.widths)} if self.kind == 'low_rank' else {}
+    if self.kind == 'custom': shapes = dict(NETWORKS[self.function].slow(self.key_width, self.value_width))
     return shapes | ({'gain': (self.value_width,)} if self.residual and self.slow_gain else {})
 
   @property
@@ -101,7 +106,7 @@ class Network:
   def __call__(self, ops, x):
     """M(x), [B, H, C, value_width]."""
     y = {'linear': _feed_forward, 'mlp': _feed_forward, 'swiglu': _swiglu, 'gated': _gated, 'factorised': _feed_forward,
-         'low_rank': _feed_forward, 'attention': _attention}[self.kind](self, ops, x).astype(x.dtype)
+         'low_rank': _feed_forward, 'attention': _attention, 'custom': _custom}[self.kind](self, ops, x).astype(x.dtype)
     if not self.residual: return y
     y -= y.mean(-1, keepdims=True)
     y *= jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + EPSILON)
@@ -134,6 +139,15 @@ def _attention(net, ops, x):
   score = jnp.where(jnp.tril(jnp.ones((1, 1, C, C), bool)), score, -jnp.inf)
   mixed = dot('bhts,bhsv->bhtv', jax.nn.softmax(score), ops.linear('value', x), ops.dtype)
   return mixed + ops.linear('down', ACTIVATIONS[net.activation](ops.linear('up', x)))
+
+
+def _custom(net, ops, x):
+  y = NETWORKS[net.function].function(ops, x)
+  left = sorted(set(net.fast) - {'gain'} - set(ops.seen)) if isinstance(ops, Record) else []
+  if left: raise ValueError(f'the memory network {net.function!r} does not use {left[0]!r}')
+  wanted = (*x.shape[:-1], net.value_width)
+  if y.shape != wanted: raise ValueError(f'the memory network {net.function!r} gives {list(y.shape)}, not {list(wanted)}')
+  return y
 
 
 def _gated(net, ops, x):

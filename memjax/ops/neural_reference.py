@@ -34,7 +34,7 @@ def reference(rule: Rule, start: Weights, memory: dict, tokens: tuple, *, gates:
     new = {name: _update(rule, start.fast[name], leaf, g[name], gates=gate) for name, leaf in full.items()}
     if rule.momentum == 'muon' or rule.weight_norm:
       ends = (t + 1 == length) | (t % chunk == chunk - 1)
-      new = {name: jnp.where(ends, _whole(rule, start.fast[name], name, leaf), leaf) for name, leaf in new.items()}
+      new = {name: jnp.where(ends, _whole(rule, start.fast[name], leaf), leaf) for name, leaf in new.items()}
     seen = held if rule.mode == 'block' else full if rule.read == 'before' else new
     y = rule.network(Plain({name: leaf[:, :, 0] for name, leaf in seen.items()}, start.slow, rule.dtype), query)
     return (new, held, past), y
@@ -69,10 +69,10 @@ def _gradient(rule, start, weights, token, *, pair):
   return {name: jnp.where(_lift(write, leaf), leaf, 0) for name, leaf in g.items()}
 
 
-def _whole(rule, home, name, stack):
+def _whole(rule, home, stack):
   """What mode 'block' does to whole matrices at the end of a chunk."""
   w, s = stack[:, :, 0], stack[:, :, -1]
-  if name == 'gain' or name.startswith('b_'): return stack.at[:, :, 0].add(s) if rule.momentum == 'muon' else stack
+  if stack.ndim == 4: return stack.at[:, :, 0].add(s) if rule.momentum == 'muon' else stack
   if rule.momentum == 'muon':
     x = s / jnp.sqrt(jnp.sum(s * s, (2, 3), keepdims=True) + 1e-12)
     for _ in range(5): x = 3.4445 * x - 4.7750 * x @ x.swapaxes(2, 3) @ x + 2.0315 * x @ x.swapaxes(2, 3) @ x @ x.swapaxes(2, 3) @ x

@@ -35,8 +35,11 @@ from memjax.config.neural import (
   NeuralWriteConfig,
 )
 from memjax.config.titans import TitansConfig
+from memjax.ops.neural_custom import custom
 from tests.laws.wired import Wiring
 
+custom('gated_pair', lambda ops, x: ops.bias('b_out', ops.linear('down', ops.linear('up', x) * ops.scale('g_side', ops.linear('side', x)))),
+       fast=lambda K, V: {'up': (K, 3), 'side': (K, 3), 'g_side': (3,), 'down': (3, V), 'b_out': (V,)})
 SMALL = HolographicConfig(heads=2, slots=4, form=FormConfig(chunk=4), conv_width=3)
 
 
@@ -151,6 +154,10 @@ MORE = {
     'neural-tnt-long': neural(net=NeuralNetConfig(expansion=1), rule=NeuralRuleConfig(mode='tnt'), exec=NeuralExecConfig(spare=1),
                               locals=NeuralLocalsConfig(chunks=(3,), shard=12, project=False)),
     'neural-gram': neural(gates=NeuralGatesConfig(theta_norm='gram'), proj=NeuralProjConfig(lookahead=True)),
+    'neural-features': neural(proj=NeuralProjConfig(features='polynomial', lookahead=True),
+                              net=NeuralNetConfig(expansion=1, residual='off'), rule=NeuralRuleConfig(momentum='cascade'),
+                              gates=NeuralGatesConfig(order=3)),
+    'neural-custom': neural(net=NeuralNetConfig(kind='custom', function='gated_pair')),
     'neural-ttt': neural(gates=NeuralGatesConfig(row_factor=True), rule=NeuralRuleConfig(momentum='none', forget=False),
                          write=NeuralWriteConfig(pairs=2)),
     'neural-gated': neural(net=NeuralNetConfig(kind='gated', depth=1, expansion=1), proj=NeuralProjConfig(conv_width=0, activation=''),

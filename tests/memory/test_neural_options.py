@@ -9,11 +9,15 @@ from flax import linen as nn
 
 from memjax.config.neural import NeuralConfig, NeuralNetConfig
 from memjax.memory.registry import make_memory
+from memjax.ops.neural_custom import custom
 from tests.laws.test_laws import parameters
 from tests.memory.test_options import Memory, change, differs, fields_of
 
 B, L, D = 1, 7, 8
 BASE = NeuralConfig(heads=2, chunk=3, net=NeuralNetConfig(expansion=1))
+custom('halved', lambda ops, x: ops.linear('w', x / 2), fast=lambda K, V: {'w': (K, V)})
+OFF = {'net.residual': 'off'}
+POLYNOMIAL = {**OFF, 'proj.features': 'polynomial'}
 MATRIX = {'net.kind': 'linear', 'net.expansion': 4}
 EXACT = {**MATRIX, 'rule.mode': 'exact'}
 CLIP, BLOCK, HUBER = {'rule.clip': 0.01}, {'rule.mode': 'block'}, {'rule.loss': 'huber'}
@@ -32,7 +36,9 @@ TABLE = [
     ({'net.kind': 'mlp'}, 'shape', LOW), ({'net.depth': 3}, 'shape', {}), ({'net.expansion': 2}, 'shape', {}),
     ({'net.rank': 3}, 'shape', LOW),
     *(({'net.activation': name}, 'output', GELU) for name in ('silu', 'relu', 'tanh')), (GELU, 'output', {}),
-    ({'net.residual': 'off'}, 'shape', {}), ({'net.residual': 'on'}, 'shape', MATRIX), ({'net.gain': 'fast'}, 'shape', {}),
+    ({'net.kind': 'custom', 'net.function': 'halved'}, 'shape', {'net.expansion': 4}),
+    (OFF, 'shape', {}), ({'proj.features': 'polynomial'}, 'shape', OFF), ({'proj.degree': 3}, 'shape', POLYNOMIAL),
+     ({'net.residual': 'on'}, 'shape', MATRIX), ({'net.gain': 'fast'}, 'shape', {}),
     ({'net.bias': True}, 'shape', {}), ({'net.learn_init': False}, 'grads', {}),
     ({'net.weight_norm': True}, 'output', BLOCK), ({'rule.momentum': 'muon'}, 'output', BLOCK), (BLOCK, 'output', {}),
     ({'rule.mode': 'exact'}, 'output', MATRIX),
