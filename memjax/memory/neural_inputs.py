@@ -153,17 +153,17 @@ class NeuralProjections(nn.Module):
   def items(self, inputs: NeuralInputs, tail: dict, *, written_BxL=None, reset_BxL=None) -> tuple[NeuralItems, dict]:
     """(items, next tails): convolution over written tokens of a document, activation, norm, and the pairing of keys and values."""
     p, (H, K, _) = self.config.proj, self.shape
-    x = inputs.stream_BxLxE.astype(jnp.promote_types(jnp.float32, self.dtype))
+    x, wide = inputs.stream_BxLxE, jnp.promote_types(jnp.float32, self.dtype)
     flow, new = dict(written_BxL=written_BxL, reset_BxL=reset_BxL), dict(tail)
     if p.conv_width:
       taps = find_taps(p.conv_width, x.shape[1], **flow)
-      x, new['stream'] = short_conv(x, self.taps, tail['stream'], taps), next_tail(x, tail['stream'], taps)
-    if p.activation: x = jax.nn.silu(x)
+      x, new['stream'] = short_conv(x, self.taps, tail['stream'], taps, dtype=wide), next_tail(x, tail['stream'], taps)
+    x = jax.nn.silu(x.astype(wide)) if p.activation else x.astype(wide)
     cut = lambda a: a.reshape(*a.shape[:2], H, -1)
     first, second, _ = self.channels
     query, key = (finished(a.reshape(*a.shape[:2], -1, K), self.config) for a in (x[..., :first], x[..., first:first + second]))
     key, value, gate = cut(key), cut(x[..., first + second:]), inputs.gate_BxLxGxH
-    query, key, value = (a.astype(self.dtype) for a in (query, key, value))
+    query, key, value = jax.lax.optimization_barrier(tuple(a.astype(self.dtype) for a in (query, key, value)))
     if p.lookahead:
       marked = jnp.concatenate([key.reshape(*key.shape[:2], -1), jnp.ones_like(key[..., 0, :1])], -1)
       taps = find_taps(2, key.shape[1], **flow)
