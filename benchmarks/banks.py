@@ -112,11 +112,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     for option, default in sizes.items(): make.add_argument(f'--{option}', type=int, default=default)
     make.add_argument('--append', action='store_true', help='keep the other models of the output file')
     make.set_defaults(models=list(NAMES[:-1]))
-  a, started = language.arguments(argv, more=more, name='banks', description=__doc__), time.perf_counter()
-  texts, vocabulary = language.read_texts({s: getattr(a, s) for s in ('train', 'valid', 'test')}, a.tokens, a.length * (a.lanes + 2))
+  a = language.arguments(argv, more=more, name='banks', description=__doc__)
+  texts, vocabulary = language.read_texts({s: getattr(a, s) for s in ('train', 'valid', 'test')}, a.tokens, a.length * (a.lanes + 2),
+                                          tuple(a.room))
   name, configs = 'banks' + (f'-{a.name}' if a.name else ''), configs_of(a, vocabulary)
   print('parameters: ' + ', '.join(f'{model} {language_models.parameters(c):,}' for model, c in configs.items()), flush=True)
-  options = {k: v for k, v in vars(a).items() if k not in ('train', 'valid', 'test', 'output', 'commit')}
+  options = {k: v for k, v in vars(a).items() if k not in ('train', 'valid', 'test', 'output', 'commit', 'started')}
   path = common.target_path(name, a.output)
   found = json.loads(path.read_text(encoding='utf-8'))['rows'] if a.append and path is not None and path.exists() else []
   rows: list[dict[str, Any]] = [row for row in found if row['model'] not in configs]
@@ -125,7 +126,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
   runs = {model: BankRun(config, a, texts) for model, config in configs.items()}
   cases = common.compile_cases({(model, part): job for model, run in runs.items() for part, job in run.jobs.items()})
   for (model, part), case in cases.items(): runs[model].cases[part] = case
-  print(f'compiled after {time.perf_counter() - started:.0f} s', flush=True)
+  print(f'compiled after {time.perf_counter() - a.started:.0f} s', flush=True)
   for model, config in configs.items():
     rows.append(report(model, config, runs[model], a))
     rows.sort(key=lambda row: NAMES.index(row['model']))

@@ -33,16 +33,19 @@ class Text(NamedTuple):
   bytes: int
 
 
-def read_texts(paths: dict[str, str], kind: str, spare: int) -> tuple[dict[str, Text], int]:
-  """({split: Text}, vocabulary); the words are those of the training text. Held-out streams are padded to one length."""
+def read_texts(paths: dict[str, str], kind: str, spare: int, room: tuple[int, int] = (0, 0)) -> tuple[dict[str, Text], int]:
+  """({split: Text}, vocabulary); the words are those of the training text. Held-out streams are padded to one length.
+
+  `room`: tokens to which training and held-out streams are padded at least, so that several texts share compiled programs.
+  """
   raw = {}
   for split, path in paths.items():
     with open(path, encoding='utf-8', newline='') as file: raw[split] = file.read()
   tokenizer = ByteTokenizer() if kind == 'bytes' else WordTokenizer.train([raw['train']])
   ids = {split: tokenizer.encode(text) for split, text in raw.items()}
-  longest = max(len(ids['valid']), len(ids['test']))
+  longest = max(len(ids['valid']), len(ids['test']), room[1])
   def place(split):
-    size = len(ids[split]) if split == 'train' else longest
+    size = max(len(ids['train']), room[0]) if split == 'train' else longest
     stream = np.zeros(size + 1 + spare, np.int32)
     stream[0], stream[1:len(ids[split]) + 1] = tokenizer.bos, ids[split]
     return Text(jnp.asarray(stream), len(ids[split]), len(raw[split].encode()))
@@ -72,15 +75,18 @@ def sliding(model, a, params, stream, tokens, starts_NxB):
 
 
 def carried(model, a, params, stream, tokens, segments_N):
-  """The same along `lanes` contiguous parts, each starting from an empty memory that is then carried to its end."""
-  first_B = jnp.arange(a.lanes) * (len(segments_N) * a.length)
-  def segment(state, number):
+  """The same along `lanes` contiguous parts of the text, each starting from an empty memory that is then carried to its end."""
+  count = -(-tokens // (a.lanes * a.length))
+  first_B = jnp.arange(a.lanes) * (count * a.length)
+  def segment(number, carry):
+    state, *sums = carry
     start_B = first_B + number * a.length
     position = jnp.broadcast_to(number * a.length + jnp.arange(a.length)[None], (a.lanes, a.length))
     nll, state, _ = losses(model, params, state, window(stream, start_B, a.length), position_BxL=position)
     counts = start_B[:, None] + jnp.arange(a.length)[None] < tokens
-    return state, (jnp.where(counts, nll, 0).sum(), counts.sum())
-  return jax.lax.scan(segment, model.init_state(a.lanes), segments_N)[1]
+    return state, *(old.at[number].set(new) for old, new in zip(sums, (jnp.where(counts, nll, 0).sum(), counts.sum()), strict=True))
+  empty = jnp.zeros(len(segments_N)), jnp.zeros(len(segments_N), jnp.int32)
+  return jax.lax.fori_loop(0, count, segment, (model.init_state(a.lanes), *empty))[1:]
 
 
 def make_optimizer(a, params):
@@ -140,7 +146,7 @@ class Run:
     self.cases: dict[str, common.Case] = {}
 
   def _longest(self) -> int:
-    return max(self.texts['valid'].tokens, self.texts['test'].tokens)
+    return max(self.texts['valid'].tokens, self.texts['test'].tokens, self.a.room[1])
 
   def _windows(self):
     """Starts [N, B] of the windows; those that fill the last batch begin behind the text and score nothing."""
@@ -159,8 +165,8 @@ class Run:
     if not (count == text.tokens).all(): raise ValueError(f'{split} scores {count} of {text.tokens} tokens')
     return nll / text.tokens
 
-  def train(self, name: str):
-    """(best parameters, {'best_step', 'curve', 'tokens_per_second', ...})."""
+  def train(self, name: str, keep=lambda training: None):
+    """(best parameters, {'best_step', 'curve', 'tokens_per_second', ...}), which is given to `keep` after each evaluation."""
     a, text, started, spent = self.a, self.texts['train'], time.perf_counter(), 0.0
     params, moments = self.cases['start'].call(self.seed_M)
     best, best_M, step_M = params, np.full(len(self.members), np.inf), np.zeros(len(self.members), int)
@@ -178,26 +184,36 @@ class Run:
       best, best_M, step_M = choose_rows(jnp.asarray(better), params, best), np.minimum(valid_M, best_M), np.where(better, first, step_M)
       curve.append({'step': first, 'train': value_M, 'valid': valid_M})
       print(f'{name} step {first}: train {value_M.mean():.4f} valid {np.array2string(valid_M, precision=4)}', flush=True)
-      if a.patience and (first - step_M >= a.patience * a.eval_every).all(): break
-    return best, {'best_step': step_M, 'steps': first, 'curve': curve, 'train_s': time.perf_counter() - started,
+      training = {'best_step': step_M, 'steps': first, 'curve': curve, 'train_s': time.perf_counter() - started,
                   'tokens_per_second': first * a.batch * a.length * len(self.members) / spent}
+      keep(training)
+      if a.patience and (first - step_M >= a.patience * a.eval_every).all(): break
+      if a.budget and time.perf_counter() - a.started > a.budget: break
+    return best, training
 
 
-def report_model(name: str, config, run: Run) -> dict[str, Any]:
-  """Trains a model and scores the test text: rate and way of evaluation by validation, every member's figures kept."""
-  best, training = run.train(name)
+def report_model(name: str, config, run: Run, keep=lambda row: None) -> dict[str, Any]:
+  """Trains a model and scores the test text: rate and way of evaluation by validation, every member's figures kept.
+
+  `keep` is given what there is after each evaluation, should the run be cut short.
+  """
+  about = {'model': name, 'parameters': language_models.parameters(config), 'hidden': config.hidden, 'members': run.members,
+           'compile_s': run.cases['train'].compile_s, 'temporary_mib': run.cases['train'].temporary_mib}
+  best, training = run.train(name, lambda training: keep({**about, **training}))
   valid = {how: run.evaluate(best, 'valid', how) for how in run.places}
   of_rate = {rate: [i for i, (r, _) in enumerate(run.members) if r == rate] for rate in run.a.rates}
   rate, how = min(((r, h) for r in of_rate for h in run.choices), key=lambda rh: valid[rh[1]][of_rate[rh[0]]].mean())
   test = {h: run.evaluate(best, 'test', h) for h in run.places}
-  test |= {way: run.evaluate(neural_models.held(best, way), 'test', 'carried') for way in run.held}
   chosen, text = of_rate[rate], run.texts['test']
   nll_M = test[how][chosen]
   bits = nll_M / math.log(2) * text.tokens / text.bytes
-  return {'model': name, 'parameters': language_models.parameters(config), 'hidden': config.hidden, 'rate': rate, 'evaluation': how,
-          'bits_per_byte': bits.mean(), 'bits_per_byte_seeds': bits, 'spread': bits.max() - bits.min(),
-          'perplexity': np.exp(nll_M).mean(), 'perplexity_seeds': np.exp(nll_M), 'valid_nll': valid, 'test_nll': test,
-          'members': run.members, 'compile_s': run.cases['train'].compile_s, 'temporary_mib': run.cases['train'].temporary_mib, **training}
+  row = {**about, 'rate': rate, 'evaluation': how, 'bits_per_byte': bits.mean(), 'bits_per_byte_seeds': bits,
+         'spread': bits.max() - bits.min(), 'perplexity': np.exp(nll_M).mean(), 'perplexity_seeds': np.exp(nll_M), 'valid_nll': valid,
+         'test_nll': test, **training}
+  for way in run.held:
+    keep(row)
+    test[way] = run.evaluate(neural_models.held(best, way), 'test', 'carried')
+  return row
 
 
 def draw(rows: list[dict[str, Any]], path, title: str) -> None:
@@ -233,15 +249,18 @@ def arguments(argv, *, more=None, name: str = 'language', description: str = __d
   make.add_argument('--rates', type=common.rates, default=(2e-3,), help='peak learning rates; validation chooses')
   make.add_argument('--dropout', type=float, default=0.0)
   make.add_argument('--weight_decay', type=float, default=0.1)
-  for option, default in dict(chunk=64, base=1.0, bias=0.0).items():
+  for option, default in dict(chunk=64, base=1.0, bias=0.0, fuse='double_sigmoid', unroll=0).items():
     make.add_argument(f'--{option}', type=type(default), default=default, help='of neural_models')
+  make.add_argument('--room', type=common.numbers, default=[0, 0], help='tokens to which training and held-out text are padded at least, '
+                    'so that runs on several texts can share compiled programs')
+  make.add_argument('--budget', type=float, default=0.0, help='seconds after which a training run ends early and is scored; 0 = no limit')
   make.add_argument('--dtype', default='', choices=('', 'float32', 'bfloat16'), help='of compute; default bfloat16 on a GPU')
   if more: more(make)
   a = make.parse_args(argv)
   if a.small:                                    # other defaults; what the command line names still counts
     make.set_defaults(width=64, layers=2, steps=400, seeds=1, batch=16, length=128)
     a = make.parse_args(argv)
-  a.like = a.like or a.models[0]
+  a.like, a.started = a.like or a.models[0], time.perf_counter()
   a.context = a.length // 2 if a.context < 0 else a.context
   a.dtype = a.dtype or ('bfloat16' if common.on_gpu() else 'float32')
   a.eval_every = max(a.per_call, a.eval_every // a.per_call * a.per_call)
@@ -252,26 +271,30 @@ def arguments(argv, *, more=None, name: str = 'language', description: str = __d
 def main(argv: list[str] | None = None) -> dict[str, Any]:
   """Runs, prints and saves the table; returns the result."""
   avoid_crash()
-  a, started = arguments(argv), time.perf_counter()
-  texts, vocabulary = read_texts({split: getattr(a, split) for split in ('train', 'valid', 'test')}, a.tokens, a.length * (a.lanes + 2))
+  a = arguments(argv)
+  paths = {split: getattr(a, split) for split in ('train', 'valid', 'test')}
+  texts, vocabulary = read_texts(paths, a.tokens, a.length * (a.lanes + 2), tuple(a.room))
   name = 'language' + (f'-{a.name}' if a.name else '')
   sizes = dict(width=a.width, layers=a.layers, heads=a.heads, window=a.window, vocabulary=vocabulary, dropout=a.dropout, dtype=a.dtype)
   def config_of(model):
     if model in language_models.NAMES: return language_models.model_config(model, hidden=a.hidden, **sizes)
-    return neural_models.model_config(model, hidden=a.hidden, chunk=a.chunk, base=a.base, bias=a.bias, **sizes)
+    return neural_models.model_config(model, hidden=a.hidden, chunk=a.chunk, base=a.base, bias=a.bias, fuse=a.fuse,
+                                      unroll=a.unroll, **sizes)
   count = language_models.parameters(config_of(a.like))
   configs = {model: config_of(model) if model == a.like else language_models.matched(config_of(model), count) for model in a.models}
   print('parameters: ' + ', '.join(f'{model} {language_models.parameters(c):,}' for model, c in configs.items()), flush=True)
-  rows, options = [], {k: v for k, v in vars(a).items() if k not in ('train', 'valid', 'test', 'output', 'commit')}
+  rows, options = [], {k: v for k, v in vars(a).items() if k not in ('train', 'valid', 'test', 'output', 'commit', 'started')}
   result = {'options': options, 'vocabulary': vocabulary, 'tokens': {s: t.tokens for s, t in texts.items()}, 'rows': rows,
             'bytes': {s: t.bytes for s, t in texts.items()}}
   runs = {model: Run(config, a, texts) for model, config in configs.items()}
   cases = common.compile_cases({(model, part): job for model, run in runs.items() for part, job in run.jobs.items()})
   for (model, part), case in cases.items(): runs[model].cases[part] = case
-  print(f'compiled after {time.perf_counter() - started:.0f} s', flush=True)
-  for model, config in configs.items():
-    rows.append(report_model(model, config, runs[model]))
-    common.save(name, a.output, result, commit=a.commit)
+  print(f'compiled after {time.perf_counter() - a.started:.0f} s', flush=True)
+  for number, (model, config) in enumerate(configs.items()):
+    def keep(row, number=number):
+      rows[number:] = [row]
+      common.save(name, a.output, result, commit=a.commit)
+    keep(report_model(model, config, runs[model], keep))
   title = f'{a.name or "Text"}: {a.tokens}, width {a.width}, {a.layers} layers, {a.batch} x {a.length} a step, {a.seeds} seeds, {a.dtype}'
   common.show(title, rows, ('model', 'parameters', 'bits_per_byte', 'spread', 'perplexity', 'rate', 'evaluation', 'steps', 'train_s',
                             'tokens_per_second', 'compile_s'))

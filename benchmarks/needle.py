@@ -164,8 +164,8 @@ class Run:
     self.ways = neural_models.ways(config)
     self.cases: dict[str, common.Case] = {}
 
-  def train(self, name: str):
-    """(parameters, {'curve', 'train_s'})."""
+  def train(self, name: str, keep=lambda training: None):
+    """(parameters, {'curve', 'train_s'}), which is given to `keep` now and then."""
     a, started, curve = self.a, time.perf_counter(), []
     params, moments = self.cases['start'].call(self.seed_M)
     for first in range(0, a.steps, a.per_call):
@@ -173,7 +173,10 @@ class Run:
       curve.append({'step': first + a.per_call, 'loss': np.asarray(loss_M), 'right': np.asarray(right_M)})
       print(f'{name} step {first + a.per_call}: loss {np.array2string(curve[-1]["loss"], precision=3)} right '
             f'{np.array2string(curve[-1]["right"], precision=3)}, {time.perf_counter() - started:.0f} s', flush=True)
-    return params, {'curve': curve, 'train_s': time.perf_counter() - started}
+      training = {'curve': curve, 'train_s': time.perf_counter() - started}
+      keep(training)
+      if a.budget and time.perf_counter() - a.started > a.budget: break
+    return params, training
 
   def test(self, params, way: str, length: int, batches: range) -> np.ndarray:
     """Accuracies [M, 3]; batches below 0 are for validation."""
@@ -182,13 +185,16 @@ class Run:
     return np.mean([np.asarray(call) for call in calls], 0)
 
 
-def report_model(name: str, config: ModelConfig, run: Run) -> dict[str, Any]:
-  """Trains a model, chooses its rate, and tests it at all lengths."""
-  a, (params, training) = run.a, run.train(name)
+def report_model(name: str, config: ModelConfig, run: Run, keep) -> None:
+  """Trains a model, chooses its rate, and tests it at all lengths; `keep` is given what there is as it grows."""
+  a, tests = run.a, []
+  row = {'model': name, 'parameters': language_models.parameters(config), 'hidden': config.hidden, 'members': run.members, 'tests': tests,
+         'compile_s': run.cases['train'].compile_s, 'temporary_mib': run.cases['train'].temporary_mib}
+  params, training = run.train(name, lambda training: keep({**row, **training}))
   of_rate = {rate: [i for i, (r, _) in enumerate(run.members) if r == rate] for rate in a.rates}
   valid_M = run.test(params, 'on', a.length, range(-a.batches, 0)).mean(1)
   rate = max(of_rate, key=lambda r: valid_M[of_rate[r]].mean())
-  tests = []
+  row |= {'rate': rate, 'by_rate': {f'{r:g}': valid_M[of_rate[r]] for r in a.rates}, **training}
   for way in run.ways:
     for length in a.lengths if way == 'on' else a.lengths[::2]:
       started = time.perf_counter()
@@ -197,9 +203,7 @@ def report_model(name: str, config: ModelConfig, run: Run) -> dict[str, Any]:
                     'questions': a.batches * a.eval_batch // len(KINDS),
                     **{kind: float(found[:, n].mean()) for n, kind in enumerate(KINDS)}, 'seeds': found})
       print(f'{name} {way} {length}: ' + ', '.join(f'{kind} {tests[-1][kind]:.3f}' for kind in KINDS), flush=True)
-  return {'model': name, 'parameters': language_models.parameters(config), 'hidden': config.hidden, 'rate': rate, 'members': run.members,
-          'by_rate': {f'{r:g}': valid_M[of_rate[r]] for r in a.rates}, 'tests': tests,
-          'compile_s': run.cases['train'].compile_s, 'temporary_mib': run.cases['train'].temporary_mib, **training}
+      keep(row)
 
 
 def arguments(argv):
@@ -217,6 +221,9 @@ def arguments(argv):
   make.add_argument('--bias', type=float, default=-3.0, help='gates.theta_bias of deep memories')
   make.add_argument('--lookahead', action=argparse.BooleanOptionalAction, default=True,
                     help='neural memories store the value of a token under the key of the one before')
+  make.add_argument('--fuse', default='double_sigmoid', help='how wirings of attention and a memory join them')
+  make.add_argument('--unroll', type=int, default=0, help='chunks a step of the compiled loops; 0 = automatic')
+  make.add_argument('--budget', type=float, default=0.0, help='seconds after which a training run ends early and is tested; 0 = no limit')
   make.add_argument('--dtype', default='', choices=('', 'float32', 'bfloat16'), help='of compute; default bfloat16 on a GPU')
   a = make.parse_args(argv)
   if a.small:                                    # other defaults; what the command line names still counts
@@ -226,29 +233,32 @@ def arguments(argv):
   a.lengths = a.lengths or [a.length * times for times in (1, 2, 4, 8, 16, 32, 64)]
   if any(length % a.length for length in a.lengths): make.error(f'--lengths must be multiples of --length {a.length}')
   a.dtype = a.dtype or ('bfloat16' if common.on_gpu() else 'float32')
-  a.steps = max(a.steps // a.per_call, 1) * a.per_call
+  a.steps, a.started = max(a.steps // a.per_call, 1) * a.per_call, time.perf_counter()
   return a
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
   """Runs, prints and saves the table; returns the result."""
   avoid_crash()
-  a, started = arguments(argv), time.perf_counter()
+  a = arguments(argv)
   sizes = dict(width=a.width, layers=a.layers, heads=a.heads, window=a.window, chunk=a.chunk, base=a.base, bias=a.bias,
-               lookahead=a.lookahead, vocabulary=VOCABULARY, dtype=a.dtype, embedding=EmbeddingConfig(tie=False, std=0.5))
+               lookahead=a.lookahead, fuse=a.fuse, unroll=a.unroll, vocabulary=VOCABULARY, dtype=a.dtype,
+               embedding=EmbeddingConfig(tie=False, std=0.5))
   count = language_models.parameters(neural_models.model_config(neural_models.NAMES[0], **sizes))
   configs = {name: language_models.matched(neural_models.model_config(name, **sizes), count) for name in a.models}
   runs = {name: Run(config, a) for name, config in configs.items()}
   rows: list[dict[str, Any]] = []
-  result = {'options': {k: v for k, v in vars(a).items() if k not in ('output', 'commit')}, 'chance': CHANCE, 'seeds': a.seeds,
+  result = {'options': {k: v for k, v in vars(a).items() if k not in ('output', 'commit', 'started')}, 'chance': CHANCE, 'seeds': a.seeds,
             'dtype': a.dtype, 'rows': rows}
   for name, run in runs.items():
     cases = common.compile_cases({(name, part): job for part, job in run.jobs.items()})
     run.cases = {part: case for (_, part), case in cases.items()}
     size = language_models.parameters(configs[name])
-    print(f'{name}: {size:,} parameters, compiled after {time.perf_counter() - started:.0f} s', flush=True)
-    rows.append(report_model(name, configs[name], run))
-    common.save('needle' + (f'-{a.name}' if a.name else ''), a.output, result, commit=a.commit)
+    print(f'{name}: {size:,} parameters, compiled after {time.perf_counter() - a.started:.0f} s', flush=True)
+    def keep(row, number=len(rows)):
+      rows[number:] = [row]
+      common.save('needle' + (f'-{a.name}' if a.name else ''), a.output, result, commit=a.commit)
+    report_model(name, configs[name], run, keep)
   flat = [{'model': row['model'], 'parameters': row['parameters'], 'rate': row['rate'], **test} for row in rows for test in row['tests']]
   columns = ('model', 'parameters', 'rate', 'test_time', 'length', *KINDS)
   common.show(f'Needles, trained at {a.length} tokens, {len(a.seeds)} seeds', flat, columns)

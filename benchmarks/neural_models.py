@@ -7,30 +7,36 @@ import jax.numpy as jnp
 from memjax.config.mixers import AttentionConfig, HolographicConfig, WindowConfig
 from memjax.config.neural import NeuralConfig, NeuralExecConfig, NeuralGatesConfig, NeuralNetConfig, NeuralProjConfig, NeuralRuleConfig
 from memjax.config.schema import BlockConfig, EmbeddingConfig, ModelConfig
+from memjax.config.titans import TitansConfig
 
 LAYERS = {                                 # name -> layer; the first sets the number of parameters
-  'MAC': 'near+deep:mac', 'MAG': 'near+deep:mag', 'MAL': 'deep>near', 'LMM': 'deep', 'window + linear exact': 'near+exact:mag',
-  'window + holographic': 'near+holographic:mag', 'window': 'near', 'attention': 'full',
+  'MAC': 'near+deep:mac', 'MAC, input': 'near+deep:mac', 'MAC, attention': 'near+deep:mac',
+  'MAG': 'near+deep:mag', 'MAL': 'deep>near', 'LMM': 'deep',
+  'window + linear exact': 'near+exact:mag', 'window + holographic': 'near+holographic:mag', 'window': 'near', 'attention': 'full',
 }
+WRITES = {'MAC': 'sum', 'MAC, input': 'input'}             # what the memory of ':mac' learns from; others: from what attention found
 NAMES, MEMORIES = tuple(LAYERS), ('deep', 'exact', 'holographic')
 
 
 def model_config(name: str, *, width: int, layers: int, heads: int, window: int, vocabulary: int, dtype: str, chunk: int = 64,
-                 base: float = 1.0, bias: float = 0.0, lookahead: bool = False, aligned: bool = True, dropout: float = 0.0,
-                 hidden: int = 0, embedding: EmbeddingConfig = EmbeddingConfig()) -> ModelConfig:
+                 base: float = 1.0, bias: float = 0.0, lookahead: bool = False, aligned: bool = True, unroll: int = 0,
+                 fuse: str = 'double_sigmoid', dropout: float = 0.0, hidden: int = 0,
+                 embedding: EmbeddingConfig = EmbeddingConfig()) -> ModelConfig:
   """One of NAMES; all layers alike. `base` and `bias` set the step size of deep memories, `lookahead` how both neural ones pair tokens.
 
-  `aligned`: rows are whole documents or whole chunks of one, so that the form token by token need not be compiled.
+  `aligned`: rows are whole documents or whole chunks of one, so that the form token by token need not be compiled. `fuse`: how
+  wirings of two join them.
   """
-  shared = dict(heads=heads, chunk=chunk, proj=NeuralProjConfig(lookahead=lookahead), exec=NeuralExecConfig(aligned=aligned))
+  shared = dict(heads=heads, chunk=chunk, proj=NeuralProjConfig(lookahead=lookahead), exec=NeuralExecConfig(aligned=aligned, unroll=unroll))
   every: dict[str, Any] = {
       'near': WindowConfig(heads=heads, window=window), 'full': AttentionConfig(heads=heads), 'holographic': HolographicConfig(heads=heads),
       'deep': NeuralConfig(gates=NeuralGatesConfig(theta_base=base, theta_bias=bias), **shared),
       'exact': NeuralConfig(net=NeuralNetConfig(kind='linear'), rule=NeuralRuleConfig(mode='exact'), **shared)}
   layer = LAYERS[name]
+  titans = TitansConfig(fuse=fuse if ':' in layer else 'double_sigmoid', write=WRITES.get(name, 'attention'))
   mixers = {key: every[key] for key in layer.partition(':')[0].replace('>', '+').split('+')}
   return ModelConfig(width=width, hidden=hidden, vocabulary=vocabulary, mixers=mixers, pattern=(layer,), repeats=layers,
-                     block=BlockConfig(dropout=dropout), embedding=embedding, dtype=dtype)
+                     block=BlockConfig(dropout=dropout, titans=titans), embedding=embedding, dtype=dtype)
 
 
 def ways(config: ModelConfig) -> tuple[str, ...]:
