@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from memjax.memory.base import both, real_resets, where_rows
+from memjax.memory.neural_held import RECENT, RUNNING, NeuralState, Pending, watched
 from memjax.memory.neural_inputs import NeuralItems
-from memjax.memory.neural_state import RECENT, RUNNING, NeuralState, NeuralStep, Pending, watched
+from memjax.memory.neural_state import NeuralStep
 from memjax.ops.counts import cumulate
 from memjax.ops.nested_scan import nested_scan
 from memjax.ops.neural_layout import Layout, lay_out, rearrange

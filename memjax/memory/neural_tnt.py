@@ -7,8 +7,8 @@ from flax import struct
 
 from memjax.memory.base import Memory, both, real_resets, where_rows
 from memjax.memory.neural import Neural
+from memjax.memory.neural_held import NeuralState
 from memjax.memory.neural_inputs import NeuralInputs
-from memjax.memory.neural_state import NeuralState
 from memjax.ops.counts import cumulate
 from memjax.ops.nested_scan import nested_scan
 from memjax.ops.neural_layout import lay_out, rearrange

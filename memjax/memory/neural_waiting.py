@@ -4,8 +4,8 @@ import jax.numpy as jnp
 
 from memjax.memory.base import where_rows
 from memjax.memory.neural import Neural
+from memjax.memory.neural_held import Pending
 from memjax.memory.neural_inputs import NeuralItems
-from memjax.memory.neural_state import Pending
 from memjax.ops.neural_scan import tell
 from memjax.ops.neural_whole import Whole, tell_whole, whole_coefficients, write_whole
 
