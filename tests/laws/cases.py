@@ -90,6 +90,10 @@ FULL = {
     'mac-lookback': Wiring('mac', WindowConfig(heads=2, window=4, persistent=2),
                            neural(chunk=2, net=ONE_MATRIX, exec=NeuralExecConfig(spare=1)),
                            TitansConfig(lookback=1)),
+    'mac-input': Wiring('mac', WindowConfig(heads=2, window=4), neural(chunk=2, net=ONE_MATRIX, exec=NeuralExecConfig(spare=9, group=-1)),
+                        TitansConfig(write='input', lookback=1)),
+    'mac-previous': Wiring('mac', WindowConfig(heads=4, kv_heads=2, window=4), neural(chunk=2, net=ONE_MATRIX),
+                           TitansConfig(asked='previous')),
 }
 
 # Of these, one of each kind in the default suite; all others are slow tests.
@@ -171,10 +175,6 @@ MORE = {
                           TitansConfig(read='segment', fuse='sigmoid')),
     'mac-block': Wiring('mac', WindowConfig(heads=2, window=4), neural(chunk=2, net=ONE_MATRIX, rule=NeuralRuleConfig(mode='block')),
                         TitansConfig(lookback=1)),
-    'mac-input': Wiring('mac', WindowConfig(heads=2, window=4), neural(chunk=2, net=ONE_MATRIX, exec=NeuralExecConfig(spare=9, group=-1)),
-                        TitansConfig(write='input', lookback=1)),
-    'mac-previous': Wiring('mac', WindowConfig(heads=4, kv_heads=2, window=4), neural(chunk=2, net=ONE_MATRIX),
-                           TitansConfig(asked='previous')),
     'mac-sum': Wiring('mac', WindowConfig(heads=2, window=4), neural(chunk=4, net=ONE_MATRIX), TitansConfig(write='sum', fuse='mix')),
     'mac-exact': Wiring('mac', WindowConfig(heads=2, window=4, qk_norm=1e-6), neural(net=ONE_MATRIX, rule=NeuralRuleConfig(mode='exact')),
                         TitansConfig(fuse='mix')),

@@ -1,5 +1,6 @@
 """Titans wirings in a decoder: no gradient from later tokens, decoding equals the whole, formulas, the leaks of the drawn MAC."""
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -108,44 +109,58 @@ def test_the_drawing_of_the_paper_leaks_and_cannot_stream():
     module.apply(params, x[:, :1], states, Flow(POSITION_BxL[:, :1]))
 
 
-@pytest.mark.slow
-def test_context_is_its_formula():
-  """Segment by segment in plain calls: recall at the segment's start, attention over persistent, recalled and own tokens, then the
-  memory alone over what attention found."""
-  _, params, run = context()
-  x = jax.random.normal(jax.random.key(2), (B, L, D))
-  y, states, _ = jax.jit(run)(params, x)
+def by_hand(params, x, *, write='attention', asked='aligned'):
+  """(y, state of the memory), segment by segment in plain calls."""
   near, mem = (make_memory(MIXERS[name], D) for name in ('near', 'mem'))
   p, config = params['params'], MIXERS['near']
-  own = {'params': p['mem']}
+  own, S = {'params': p['mem']}, config.window
   norm = lambda z, scale: z / jnp.sqrt((z * z).mean(-1, keepdims=True) + 1e-6) * scale.reshape(1, 1, -1)
-  raw = x @ p['recall']['query']['kernel']
-  query = sum(jnp.pad(raw, ((0, 0), (w, 0), (0, 0)))[:, :L] * p['recall']['taps'][w].reshape(1, 1, -1) for w in range(4))
-  query = jax.nn.silu(query).reshape(B, L, 2, 4)
-  query = query / jnp.sqrt((query ** 2).sum(-1, keepdims=True) + 1e-6)
+  def keys_of(read, part):
+    h = norm(read.reshape(B, -1, D), p['recall']['norm']['scale']) @ p['recall']['out']['kernel']
+    return near.apply({'params': p['near']}, h, POSITION_BxL[:, part], method='keys')
+  if write == 'input': read, end, _ = mem.apply(own, x, mem.init_state(B), position_BxL=POSITION_BxL, method='mix')
+  else:
+    raw = x @ p['recall']['query']['kernel']
+    query = sum(jnp.pad(raw, ((0, 0), (w, 0), (0, 0)))[:, :L] * p['recall']['taps'][w].reshape(1, 1, -1) for w in range(4))
+    query = jax.nn.silu(query).reshape(B, L, 2, 4)
+    query = query / jnp.sqrt((query ** 2).sum(-1, keepdims=True) + 1e-6)
   inputs = near.apply({'params': p['near']}, x, POSITION_BxL, method='project')
   memory, out = mem.init_state(B), []
-  for first in range(0, L, config.window):
-    part = slice(first, min(first + config.window, L))
-    read = mem.apply(own, memory, query[:, part], method='read_anchor').reshape(B, -1, D)
-    h = norm(read, p['recall']['norm']['scale']) @ p['recall']['out']['kernel']
-    keys = near.apply({'params': p['near']}, h, POSITION_BxL[:, part], method='keys')
+  for first in range(0, L, S):
+    part = slice(first, min(first + S, L))
+    told = slice(first - S, first) if asked == 'previous' else part
+    if write == 'input': recalled = keys_of(read[:, part], part)
+    elif asked == 'previous' and not first: recalled = jnp.zeros((B, 0, 2, 4)), jnp.zeros((B, 0, 2, 4))
+    else: recalled = keys_of(mem.apply(own, memory, query[:, told], method='read_anchor'), told)
     found = []
     for t in range(part.start, part.stop):
-      n = t - part.start + 1
-      sides = [jnp.concatenate([jnp.broadcast_to(p['near'][f'persistent_{name}'].reshape(1, 2, 2, 4), (B, 2, 2, 4)), recalled[:, :n],
+      sides = [jnp.concatenate([jnp.broadcast_to(p['near'][f'persistent_{name}'].reshape(1, 2, 2, 4), (B, 2, 2, 4)),
+                                recalled[n] if asked == 'previous' else recalled[n][:, :t - part.start + 1],
                                 a[:, part.start:t + 1]], 1)
-               for name, recalled, a in (('key', keys[0], inputs.k_BxLxGxK), ('value', keys[1], inputs.v_BxLxGxK))]
+               for n, (name, a) in enumerate((('key', inputs.k_BxLxGxK), ('value', inputs.v_BxLxGxK)))]
       weight = jax.nn.softmax(jnp.einsum('bhk,bnhk->bhn', inputs.q_BxLxHxK[:, t], sides[0]) / 2.0, -1)
       found.append(jnp.einsum('bhn,bnhk->bhk', weight, sides[1]).reshape(B, D))
-    z = norm(jnp.stack(found, 1), p['norm_attention']['scale'])
-    r, memory, _ = mem.apply(own, z, memory, position_BxL=1 + POSITION_BxL[:, part])
+    z = norm(jnp.stack(found, 1) + (x[:, part] if write == 'sum' else 0), p['norm_attention']['scale'])
+    if write == 'input': r = mem.apply(own, z, read[:, part], method='readout')
+    else: r, memory, _ = mem.apply(own, z, memory, position_BxL=1 + POSITION_BxL[:, part])
     out.append((z * 2 * jax.nn.sigmoid(norm(r, p['fuse']['norm_memory']['scale']))) @ p['near']['out']['kernel'])
-  close(y, jnp.concatenate(out, 1), 1e-4)
+  return jnp.concatenate(out, 1), end if write == 'input' else memory
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('options', [{}, {'write': 'sum'}, {'write': 'input'}, {'asked': 'previous'}], ids=str)
+def test_context_is_its_formula(options):
+  """Recall, attention over persistent, recalled and own tokens, then the memory alone over what it learns from."""
+  _, params, run = context(**options)
+  x = jax.random.normal(jax.random.key(2), (B, L, D))
+  y, states, _ = jax.jit(run)(params, x)
+  expected, memory = jax.jit(functools.partial(by_hand, **options))(params, x)
+  close(y, expected, 1e-4)
   close(states['mem'], memory, 1e-4)
 
 
-OPTIONS = [dict(lookback=1), dict(learned=2), dict(read='segment'), dict(fuse='silu')]
+OPTIONS = [dict(lookback=1), dict(learned=2), dict(read='segment'), dict(fuse='silu'), dict(asked='previous'), dict(write='sum'),
+           dict(write='input')]
 
 
 @pytest.mark.slow
