@@ -26,11 +26,12 @@ def full_size(name):
 
 
 # Their golden values are compared by `make test-slow`.
-LONG = ('adapter_qwen2p5_1p5b', 'adapter_smollm2_135m', 'attention_small', 'default', 'hamt_seed', 'hamt_small', 'lora_only',
-        'mat_small', 'mat_tiny', 'memory_lora_combined', 'moc_371m', 'titans_linear_exact', 'titans_mac_170m', 'titans_mag_170m',
-        'titans_mal_170m', 'titans_tiny', 'vanilla_control', 'wikitext2')
+LONG = ('adapter_qwen2p5_1p5b', 'adapter_smollm2_135m', 'attention_150m', 'attention_small', 'default', 'hamt_seed', 'hamt_small',
+        'hybrid_150m', 'lora_only', 'mat_small', 'mat_tiny', 'memory_lora_combined', 'moc_371m', 'titans_linear_exact', 'titans_mac_170m',
+        'titans_mag_170m', 'titans_mal_170m', 'titans_tiny', 'vanilla_control', 'wikitext2')
 # Put together by `make test-slow`: those so like adapter_smollm2_135m, and large ones that are slow to trace.
-LIKE = ('adapter_qwen2p5_1p5b', 'memory_lora_combined', 'titans_mac_170m', 'titans_mag_170m', 'titans_mal_170m')
+LIKE = ('adapter_qwen2p5_1p5b', 'attention_150m', 'hybrid_150m', 'memory_lora_combined', 'titans_mac_170m', 'titans_mag_170m',
+        'titans_mal_170m')
 
 
 def some(slow): return [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in NAMES]

@@ -25,6 +25,8 @@ ROWS = ('training.batch=2', 'training.length=64')
 SMALL = (*ROWS, 'model.width=32', 'model.hidden=48', 'model.repeats=1')
 NEURAL = ('model.mixers.near.heads=4', 'model.mixers.mem.heads=4')
 FAST = lambda *groups: tuple(f'optimizer.groups.{group}.{field}' for group in groups for field in ('rate=1e-2', 'warmup=2'))
+NUMBERS = (*SMALL, 'model.vocabulary=256', 'model.dtype=float32', 'training.accumulate=1', *FAST('main'), 'data.tokenizer.kind=bytes',
+           'data.tokenizer.size=0')
 PLAIN = (*SMALL, 'model.mixers.attention.heads=4', 'model.vocabulary=256', 'model.dtype=float32', 'training.accumulate=1',
          'data.tokenizer.kind=bytes', 'data.tokenizer.size=0', *FAST('base'))
 BANK = (*PLAIN, 'model.mixers.bank.heads=4', 'model.mixers.bank.shape.entries=64', *FAST('memory', 'memory_bank'))
@@ -48,9 +50,11 @@ OVERRIDES = {
     'memory_lora_combined': (*HOSTED, *READ, *FAST('lora')),
     'titans_tiny': ROWS,
     'titans_linear_exact': (*SMALL, 'evaluation.length=512'),
-    **{f'titans_{kind}_170m': (*SMALL, *NEURAL, 'model.vocabulary=256', 'model.dtype=float32', 'training.accumulate=1', *FAST('main'),
-                               'data.tokenizer.kind=bytes', 'data.tokenizer.size=0', 'model.mixers.near.window=32',
-                               'model.mixers.mem.chunk=16') for kind in ('mac', 'mag', 'mal')},
+    **{f'titans_{kind}_170m': (*NUMBERS, *NEURAL, 'model.mixers.near.window=32', 'model.mixers.mem.chunk=16')
+       for kind in ('mac', 'mag', 'mal')},
+    'attention_150m': (*NUMBERS, 'model.mixers.attention.heads=4'),
+    'hybrid_150m': (*NUMBERS, *(f'model.mixers.{field}' for field in (
+        'near.heads=4', 'near.window=32', 'slots.heads=4', 'slots.slots=4', 'learns.heads=4', 'learns.key_width=8', 'learns.chunk=16'))),
     'wikitext2': (*SMALL, 'data.source=shakespeare', 'data.hub=', 'data.separator=\n\n\n', 'data.tokenizer.kind=bytes'),
 }
 
