@@ -26,7 +26,7 @@ class Neural(NeuralStep):
   def parallel(self, state, inputs, mask_BxL=None, *, write_mask_BxL=None, reset_BxL=None):
     """All tokens: in chunks where all may write and every row has room for its chunks; at once where none may write; else by steps."""
     flow = dict(write_mask_BxL=write_mask_BxL, reset_BxL=reset_BxL)
-    B, L = inputs.stream_BxLxE.shape[:2]
+    B, L = inputs.gate_BxLxGxH.shape[:2]
     real_BxL = jnp.ones((B, L), bool) if mask_BxL is None else mask_BxL
     reset_BxL = jnp.zeros((B, L), bool) if reset_BxL is None else reset_BxL & real_BxL
     def by_steps(state): return self._by_steps(state, inputs, mask_BxL, **flow)
@@ -46,7 +46,7 @@ class Neural(NeuralStep):
 
   def _by_steps(self, state, inputs, mask_BxL, *, write_mask_BxL, reset_BxL):
     """The scan of `step`."""
-    B, L = inputs.stream_BxLxE.shape[:2]
+    B, L = inputs.gate_BxLxGxH.shape[:2]
     real_BxL = jnp.ones((B, L), bool) if mask_BxL is None else mask_BxL
     def token(state, token):
       inputs, mask_B, write_mask_B, reset_B = token
@@ -67,9 +67,10 @@ class Neural(NeuralStep):
     return state, jnp.where(real_BxL[..., None], y_BxLxE, 0)
 
   def chunks(self, state, inputs, layout: Layout, flow: tuple, *, whole: bool = False) -> tuple[NeuralState, jax.Array, Told]:
-    """(state, y [B, L, E], what was told of each token [B, L, H]) by the scan over chunks; `whole`: no token is
-    masked, which spares convolutions a gather and its scatter."""
+    """(state, y [B, L, E], what was told of each token [B, L, H]) by the scan over chunks; `whole`: no token is masked, which spares
+    convolutions a gather and its scatter. If then slots are no more than tokens, tokens that fit lie in their slots as they are."""
     real_BxL, reset_BxL = flow
+    layout = layout._replace(plain=whole and layout.source.shape[1] == real_BxL.shape[1])
     old, state = state, where_rows(layout.begins, jax.tree.map(jnp.zeros_like, state), state)
     start, before = self.start(real_BxL.shape[0]), self.reach[1]
     def prepare(state, inputs, tail):
@@ -114,6 +115,7 @@ class Neural(NeuralStep):
                                                  query=pending.query_BxCxHxK)
     def cut(name):
       a = getattr(items, name)
+      if layout.plain: return a.reshape(a.shape[0], -1, C, *a.shape[2:])
       first = before.get(name)
       first = jnp.zeros((a.shape[0], C, *a.shape[2:]), a.dtype) if first is None else first.astype(a.dtype)
       a = rearrange(jnp.concatenate([first, a], 1), layout.source, layout.place)
@@ -138,6 +140,7 @@ class Neural(NeuralStep):
     """Outputs [N, B, H, C, width] at the tokens of the call, [B, L, H, width]."""
     N, B, H, C, width = a.shape
     a = jnp.moveaxis(a, (0, 2), (1, 3)).reshape(B, N * C, H, width)
+    if layout.plain: return a
     return rearrange(a, layout.place, layout.source)[:, C:]
 
   def _running(self, state, told: Told, real_BxL, reset_BxL):

@@ -19,8 +19,8 @@ from memjax.ops.neural_steps import Gates
 
 @struct.dataclass
 class NeuralInputs:
-  """Raw queries, keys and values side by side, and gates (see `NeuralProjections.names`)."""
-  stream_BxLxE: jax.Array
+  """Raw queries, keys and values [B, L, E], and gates (see `NeuralProjections.names`)."""
+  streams: tuple
   gate_BxLxGxH: jax.Array
 
 
@@ -104,7 +104,7 @@ class NeuralProjections(nn.Module):
 
   def __call__(self, x_BxLxD: jax.Array) -> NeuralInputs:
     """The big matmuls, all tokens at once; gates in float32."""
-    return NeuralInputs(jnp.concatenate([linear(x_BxLxD) for linear in self.linear.values()], -1), self.gates(x_BxLxD))
+    return NeuralInputs(tuple(linear(x_BxLxD) for linear in self.linear.values()), self.gates(x_BxLxD))
 
   def gates(self, x_BxLxD: jax.Array) -> jax.Array:
     """The gates [B, L, G, H] in the order of `names`."""
@@ -153,16 +153,17 @@ class NeuralProjections(nn.Module):
   def items(self, inputs: NeuralInputs, tail: dict, *, written_BxL=None, reset_BxL=None) -> tuple[NeuralItems, dict]:
     """(items, next tails): convolution over written tokens of a document, activation, norm, and the pairing of keys and values."""
     p, (H, K, _) = self.config.proj, self.shape
-    x, wide = inputs.stream_BxLxE, jnp.promote_types(jnp.float32, self.dtype)
-    flow, new = dict(written_BxL=written_BxL, reset_BxL=reset_BxL), dict(tail)
-    if p.conv_width:
-      taps = find_taps(p.conv_width, x.shape[1], **flow)
-      x, new['stream'] = short_conv(x, self.taps, tail['stream'], taps, dtype=wide), next_tail(x, tail['stream'], taps)
-    x = jax.nn.silu(x.astype(wide)) if p.activation else x.astype(wide)
+    wide, L = jnp.promote_types(jnp.float32, self.dtype), inputs.gate_BxLxGxH.shape[1]
+    flow, new, streams = dict(written_BxL=written_BxL, reset_BxL=reset_BxL), dict(tail), inputs.streams
+    if p.conv_width:                                                 # each on its own: side by side they would be copied
+      taps, sides = find_taps(p.conv_width, L, **flow), np.cumsum(self.channels)[:-1]
+      each = list(zip(streams, jnp.split(self.taps, sides, -1), jnp.split(tail['stream'], sides, -1), strict=True))
+      new['stream'] = jnp.concatenate([next_tail(x, before, taps) for x, _, before in each], -1)
+      streams = [short_conv(x, own, before, taps, dtype=wide) for x, own, before in each]
+    streams = [jax.nn.silu(x.astype(wide)) if p.activation else x.astype(wide) for x in streams]
     cut = lambda a: a.reshape(*a.shape[:2], H, -1)
-    first, second, _ = self.channels
-    query, key = (finished(a.reshape(*a.shape[:2], -1, K), self.config) for a in (x[..., :first], x[..., first:first + second]))
-    key, value, gate = cut(key), cut(x[..., first + second:]), inputs.gate_BxLxGxH
+    query, key = (finished(a.reshape(*a.shape[:2], -1, K), self.config) for a in streams[:2])
+    key, value, gate = cut(key), cut(streams[2]), inputs.gate_BxLxGxH
     query, key, value = jax.lax.optimization_barrier(tuple(a.astype(self.dtype) for a in (query, key, value)))
     if p.lookahead:
       marked = jnp.concatenate([key.reshape(*key.shape[:2], -1), jnp.ones_like(key[..., 0, :1])], -1)

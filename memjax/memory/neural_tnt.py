@@ -76,8 +76,8 @@ class NeuralTnt(Memory):
   def _given(self, inputs: TntInputs, tail: dict, **flow) -> list:
     """What each local memory is given: queries, keys and values after the convolution, and its own gates."""
     items, _ = self.whole.projections.items(inputs.whole, tail, **flow)
-    stream = jnp.concatenate([a.reshape(*a.shape[:2], -1) for a in (items.query, items.key, items.value)], -1)
-    return [NeuralInputs(stream, gate.at[:, :, -1].set(items.gate[:, :, -1])) for gate in inputs.gates]
+    streams = tuple(a.reshape(*a.shape[:2], -1) for a in (items.query, items.key, items.value))
+    return [NeuralInputs(streams, gate.at[:, :, -1].set(items.gate[:, :, -1])) for gate in inputs.gates]
 
   def step(self, state, inputs, mask_B=None, *, write_mask_B=None, reset_B=None):
     """One token in every memory; local ones are empty again after the last token of a shard."""
@@ -96,7 +96,7 @@ class NeuralTnt(Memory):
   def parallel(self, state, inputs, mask_BxL=None, *, write_mask_BxL=None, reset_BxL=None):
     """All tokens: as `Neural.parallel`; token by token where some may not write. Of calls longer than a shard the local memories take all
     shards at once, as rows, if each has room."""
-    B, L = inputs.whole.stream_BxLxE.shape[:2]
+    B, L = inputs.whole.gate_BxLxGxH.shape[:2]
     real_BxL = jnp.ones((B, L), bool) if mask_BxL is None else mask_BxL
     reset_BxL = jnp.zeros((B, L), bool) if reset_BxL is None else reset_BxL & real_BxL
     def by_steps(state):

@@ -121,7 +121,7 @@ class Context(nn.Module):
     if self.reads_once: memory = new
     else:
       read_BxLxE, gate = found
-      told = {**self.memory.aux(memory, NeuralInputs(y_BxLxD, gate), read_BxLxE, mask_BxL=flow.mask_BxL), **self.memory.monitors(memory)}
+      told = {**self.memory.aux(memory, NeuralInputs((y_BxLxD,), gate), read_BxLxE, mask_BxL=flow.mask_BxL), **self.memory.monitors(memory)}
       if collect: told['statistics'] = self.memory.statistics(states[second], self.memory.project(z_BxLxD, position), read_BxLxE, **given)
     out_BxLxD = self.attention.readout(x_BxLxD, self.fuse(x_BxLxD, z_BxLxD, self.memory.readout(z_BxLxD, read_BxLxE)))
     seen = {'confidence': jax.lax.stop_gradient(confidence(y_BxLxD).mean())}

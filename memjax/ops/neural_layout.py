@@ -22,6 +22,7 @@ class Layout(NamedTuple):
   last: jax.Array
   begins: jax.Array
   fits: jax.Array
+  plain: bool = False
 
 
 def lay_out(written_BxL: jax.Array, reset_BxL: jax.Array, slot_B: jax.Array, *, chunk: int, count: int) -> Layout:

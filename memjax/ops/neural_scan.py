@@ -126,9 +126,9 @@ def whole_chunk(rule: Rule, start: Weights, memory: Whole, chunk: Chunk) -> tupl
 
 
 def group_size(count: int, group: int = 0) -> int:
-  """Chunks recomputed together: `group`, or near sqrt(count) with the least padding."""
+  """Chunks recomputed together: `group`, or near sqrt(count) / 2 with the least padding: a chunk in work takes far more than a memory."""
   if group: return min(group, count)
-  root = math.sqrt(count)
+  root = max(math.sqrt(count) / 2, 1)
   near = [size for size in range(1, count + 1) if root / 1.5 <= size <= root * 1.5] or [1]
   return min(near, key=lambda size: (-(-count // size) * size - count, abs(math.log(size / root)), size))
 

@@ -103,7 +103,7 @@ def test_ttt_by_hand():
     got = jax.jit(lambda x: module.apply(params, x, module.init_state(B), position_BxL=POSITION, method='mix')[0])(x)
     inputs = module.apply(params, x, POSITION, method='project')
   p, H, K = params['params'], 2, D // 2
-  query, key, value = (a.reshape(B, L, H, K) for a in np.split(np.asarray(inputs.stream_BxLxE), 3, -1))
+  query, key, value = (a.reshape(B, L, H, K) for a in map(np.asarray, inputs.streams))
   query, key = (a / np.sqrt((a * a).sum(-1, keepdims=True) + 1e-6) for a in (query, key))
   theta, want, row = np.asarray(inputs.gate_BxLxGxH)[:, :, 0], np.zeros((B, L, H, K)), np.asarray(p['row'])
   for b, h in np.ndindex(B, H):
