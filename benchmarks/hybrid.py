@@ -31,7 +31,8 @@ from memjax.runtime.workarounds import avoid_crash
 
 CONFIGS = pathlib.Path(__file__).parent.parent / 'configs'
 JOBS = 'hybrid:16x4096,attention:16x4096,hybrid:2x32768,attention:2x32768'
-WHOLE = ('model.mixers.learns.exec.aligned=true',)                   # rows are one text each
+WHOLE = {'hybrid': ('model.mixers.learns.exec.aligned=true', 'model.mixers.near.backend=cudnn_rows'),       # rows are one text each
+         'attention': ('model.mixers.attention.backend=cudnn_rows',)}
 SMALL = {'hybrid': ('model.mixers.near.heads=2', 'model.mixers.near.window=8', 'model.mixers.slots.heads=2', 'model.mixers.slots.slots=4',
                     'model.mixers.learns.heads=2', 'model.mixers.learns.key_width=8', 'model.mixers.learns.chunk=8', 'model.repeats=1'),
          'attention': ('model.mixers.attention.heads=2', 'model.repeats=2')}
@@ -55,7 +56,7 @@ def job(text: str) -> Job:
 def config_of(job: Job, a: argparse.Namespace) -> Config:
   """The config of a job, its rows as one batch."""
   own = (*SMALL[job.model], 'model.width=32', 'model.hidden=32', 'model.vocabulary=64', 'model.dtype=float32') if a.small else ()
-  whole = WHOLE if job.model == 'hybrid' else ()
+  whole = () if a.small else WHOLE[job.model]
   return load(str(CONFIGS / f'{job.model}_150m.py'), f'training.batch={job.rows}', f'training.length={job.length}',
               'training.accumulate=1', *own, *whole, *a.set, *job.overrides)
 

@@ -39,7 +39,7 @@ def get_config(arg: str = ''):
   return thaw(Config(
       name='hybrid_150m', model=model,
       data=DataConfig(tokenizer=TokenizerConfig(kind='bpe', size=VOCABULARY), **place_of_text),
-      training=TrainingConfig(steps=28_610, batch=128, accumulate=8, length=4096),
+      training=TrainingConfig(steps=28_610, batch=128, accumulate=8, length=4096, unroll=True),
       optimizer=OptimizerConfig(groups={'main': GroupConfig(rate=4e-4, warmup=1000)}),
       evaluation=EvaluationConfig(every=500, batches=16, batch=16, prompt='The'),
       checkpoint=CheckpointConfig(every=500)))

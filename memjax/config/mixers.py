@@ -33,8 +33,9 @@ class AttentionConfig:
   bias: bool = option(False, 'biases on the query, key and value projections')
   out_bias: bool = option(False, 'bias on the output projection')
   persistent: int = option(0, 'learned keys and values, without position, that every token sees', low=0)
-  backend: str = option('auto', "flash attention by cuDNN, or XLA; auto = cudnn for bfloat16 on a GPU where it applies",
-                        choices=('auto', 'xla', 'cudnn'))
+  backend: str = option('auto', 'flash attention by cuDNN where a call begins every row anew (else, and otherwise, XLA); auto = cudnn for '
+                        'bfloat16 on a GPU where it applies; cudnn_rows leaves the form in XLA out: what a row does not begin reads NaN',
+                        choices=('auto', 'xla', 'cudnn', 'cudnn_rows'))
 
   def __post_init__(self):
     refuse(bool(self.kv_heads) and self.heads % self.kv_heads != 0,
@@ -42,7 +43,7 @@ class AttentionConfig:
     refuse(self.rotary and self.head_width % 2 == 1, f'head_width={self.head_width} is odd; rotary needs pairs')
     refuse(self.rope.kind != 'default' and not self.rotary, f'rope.kind={self.rope.kind!r} needs rotary')
     refuse(self.rope.kind == 'yarn' and self.rotary_base <= 1, "rope.kind='yarn' needs rotary_base above 1")
-    refuse(self.backend == 'cudnn' and self.persistent > 0, "backend='cudnn' has no persistent tokens; use xla or auto")
+    refuse(self.backend.startswith('cudnn') and self.persistent > 0, f'backend={self.backend!r} has no persistent tokens; use xla or auto')
 
 
 @mixer('window')

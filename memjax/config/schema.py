@@ -170,6 +170,7 @@ class TrainingConfig:
   bptt: int = option(0, 'tokens between stops of the gradient; 0 = the whole row', low=0)
   carry: bool = option(False, "carry the memory from step to step; needs data.order='lanes'")
   remat: bool = option(False, 'recompute each layer in the backward pass')
+  unroll: bool = option(False, 'write the repeats of the pattern out in the compiled step: faster on a GPU, slower to compile')
   log_every: int = option(10, 'steps between rows of metrics.jsonl', low=1)
   nan_limit: int = option(3, 'non-finite steps in a row before stopping', low=1)
   host: str = option('', "checkpoint (folder, GGUF or name on the hub) that a new run starts from; memories start afresh; '' = none")

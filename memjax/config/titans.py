@@ -63,7 +63,8 @@ def _check_stage(model: Any, names: tuple[str, ...], wiring: str, *, path: str) 
   refuse(memory.waits or memory.rule.mode == 'tnt',
          f'{path} ends with {second!r}, whose writes wait for the end of a chunk; {MAC} reads every token')
   refuse(attention.kind != 'window', f'{path} begins with {first!r} of kind {attention.kind}; {MAC} begins with window, its segment')
-  refuse(attention.backend == 'cudnn', f"{path} attends also to what was recalled, which mixers.{first}.backend='cudnn' does not have")
+  refuse(attention.backend.startswith('cudnn'),
+         f'{path} attends also to what was recalled, which mixers.{first}.backend={attention.backend!r} does not have')
   refuse(attention.window % memory.chunk != 0,
          f'{path} needs mixers.{first}.window={attention.window}, its segment, to be a multiple of mixers.{second}.chunk={memory.chunk}')
   refuse(bool({first, second}.intersection(model.grafted)),

@@ -129,8 +129,10 @@ class Attention(Memory):
     def reference(inputs): return self._seen(state, inputs, wrote_BxL, segment_BxL=segment_BxL, dense=dense)
     def fast(inputs): return flash(inputs.q_BxLxHxK, inputs.k_BxLxGxK, inputs.v_BxLxGxK, window=state.k_BxGxMxK.shape[2])
     if write_mask_BxL is None and is_flash(self.config.backend, inputs.q_BxLxHxK, persistent=self.config.persistent):
+      whole = self._is_whole(state, mask_BxL, segment_BxL)
+      if self.config.backend == 'cudnn_rows': y = fast(inputs.replace(q_BxLxHxK=jnp.where(whole, inputs.q_BxLxHxK, jnp.nan)))
       # Both branches leave what the gradient needs of either; recomputed, the scores of the reference are not among it.
-      y = jax.lax.cond(self._is_whole(state, mask_BxL, segment_BxL), fast, jax.checkpoint(reference), inputs)
+      else: y = jax.lax.cond(whole, fast, jax.checkpoint(reference), inputs)
     else: y = reference(inputs)
     y_BxLxE = y.reshape(B, L, -1)
     if mask_BxL is not None: y_BxLxE = jnp.where(mask_BxL[..., None], y_BxLxE, 0)

@@ -61,14 +61,14 @@ class Decoder(nn.Module):
   @nn.compact
   def __call__(self, token_BxL: jax.Array, state: dict, *, position_BxL: jax.Array, mask_BxL: jax.Array | None = None,
                write_mask_BxL: jax.Array | None = None, reset_BxL: jax.Array | None = None, key: jax.Array | None = None,
-               prepared: dict | None = None, collect: bool = False, remat: bool = False, last: bool = False, headless: bool = False,
-               frozen: tuple[str, ...] = (), silent: tuple[str, ...] = ()) -> tuple[jax.Array, dict, dict]:
+               prepared: dict | None = None, collect: bool = False, remat: bool = False, unroll: bool = False, last: bool = False,
+               headless: bool = False, frozen: tuple[str, ...] = (), silent: tuple[str, ...] = ()) -> tuple[jax.Array, dict, dict]:
     """(logits [B, L, A] in float32 at least, state, aux).
 
     A document starts where `position_BxL` is 0 (or where `reset_BxL` says). `key` switches dropout and replay on.
-    `prepared` is what `prepare_memories` gave for these parameters, None = computed in this call. `last`: logits [B, 1, A] of
-    the last token alone. `headless`: what `head` takes, [B, L, D], in place of logits. `frozen` names mixers into which no token
-    writes, `silent` those whose read is replaced by zeros.
+    `prepared` is what `prepare_memories` gave for these parameters, None = computed in this call. `unroll` writes the repeats out, so
+    that what the gradient needs of them is not stacked. `last`: logits [B, 1, A] of the last token alone. `headless`: what `head` takes,
+    [B, L, D], in place of logits. `frozen` names mixers into which no token writes, `silent` those whose read is replaced by zeros.
     aux: float32 scalars averaged over the memories that report them, 'penalty' among them; 'load', the use of chapters by
     layer, where a selection bias asks for it; with `collect` also 'layers'.
     """
@@ -82,7 +82,7 @@ class Decoder(nn.Module):
     flow = Flow(position_BxL, mask_BxL, write_mask_BxL, reset_BxL, token_BxL, banks, frozen, silent)
     new, aux = {}, {}
     for number, part in enumerate(stacks(c)):
-      x_BxLxD, (new[part], aux[part]) = self._stack(part, remat, collect)(
+      x_BxLxD, (new[part], aux[part]) = self._stack(part, remat, collect, unroll)(
           x_BxLxD, state[part], (self._keys(part, fold(key, number + 1)), (prepared or {}).get(part, {})), flow)
     if last: x_BxLxD = x_BxLxD[:, -1:]
     x_BxLxD = make_norm(c.block.norm, epsilon=c.block.norm_epsilon, dtype=dtype, name='norm')(x_BxLxD)
@@ -93,11 +93,12 @@ class Decoder(nn.Module):
   def _keys(self, part: str, key: jax.Array | None):
     return key if key is None or part != 'repeats' else jax.random.split(key, self.config.repeats)
 
-  def _stack(self, part: str, remat: bool, collect: bool) -> nn.Module:
-    kind = nn.remat(Period, prevent_cse=part != 'repeats') if remat else Period
+  def _stack(self, part: str, remat: bool, collect: bool, unroll: bool) -> nn.Module:
+    kind = nn.remat(Period, prevent_cse=part != 'repeats' or unroll) if remat else Period
     if part != 'repeats': return kind(self.config, stacks(self.config)[part], collect, name=part)
     scan = nn.scan(kind, variable_axes={'params': 0}, split_rngs={'params': True, NOISE: True}, in_axes=(1, 0, nn.broadcast),
-                   out_axes=(1, 0), length=self.config.repeats, metadata_params={nn.PARTITION_NAME: 'layers'})
+                   out_axes=(1, 0), length=self.config.repeats, unroll=max(self.config.repeats, 1) if unroll else 1,
+                   metadata_params={nn.PARTITION_NAME: 'layers'})
     return scan(self.config, stacks(self.config)[part], collect, name=part)
 
 

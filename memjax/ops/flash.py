@@ -4,7 +4,7 @@ import jax.numpy as jnp
 
 from memjax.config.errors import UserError
 
-BACKENDS = ('auto', 'xla', 'cudnn')
+BACKENDS = ('auto', 'xla', 'cudnn', 'cudnn_rows')
 
 
 def capability() -> tuple[int, ...]:
@@ -28,12 +28,12 @@ def obstacle(q_BxLxHxK: jax.Array, *, persistent: int = 0) -> str:
 
 
 def is_flash(backend: str, q_BxLxHxK: jax.Array, **options) -> bool:
-  """Whether cuDNN computes this attention. Raises UserError where backend='cudnn' asks for what it cannot compute."""
+  """Whether cuDNN computes this attention. Raises UserError where another backend than auto asks for what it cannot compute."""
   if backend not in BACKENDS: raise UserError(f'unknown backend {backend!r}; one of {", ".join(BACKENDS)}')
   if backend == 'xla': return False
   reason = obstacle(q_BxLxHxK, **options)
-  if backend == 'cudnn' and reason: raise UserError(f"backend='cudnn' {reason}; use xla or auto")
-  return backend == 'cudnn' or (not reason and jax.default_backend() == 'gpu')
+  if backend != 'auto' and reason: raise UserError(f'backend={backend!r} {reason}; use xla or auto')
+  return backend != 'auto' or (not reason and jax.default_backend() == 'gpu')
 
 
 def flash(q_BxLxHxK: jax.Array, k_BxLxGxK: jax.Array, v_BxLxGxK: jax.Array, *, window: int = 0) -> jax.Array:

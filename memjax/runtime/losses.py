@@ -19,7 +19,8 @@ def token_losses(logits_BxLxA: jax.Array, target_BxL: jax.Array, weight_BxL: jax
   """Totals of the targets whose weight is True, in float32 at least; the others get no gradient, not even from NaN."""
   wide = jnp.promote_types(jnp.float32, logits_BxLxA.dtype)
   logits_BxLxA = jnp.where(weight_BxL[..., None], logits_BxLxA.astype(wide), 0)
-  picked_BxL = jnp.take_along_axis(logits_BxLxA, target_BxL[..., None], -1)[..., 0]
+  here_BxLxA = jax.lax.broadcasted_iota(target_BxL.dtype, logits_BxLxA.shape, 2) == target_BxL[..., None]
+  picked_BxL = jnp.sum(jnp.where(here_BxLxA, logits_BxLxA, 0), -1)           # a gather's gradient would be a scatter, a pass of its own
   nats_BxL = jax.nn.logsumexp(logits_BxLxA, -1) - picked_BxL
   hit_BxL = jnp.argmax(logits_BxLxA, -1) == target_BxL
   return Totals(jnp.sum(jnp.where(weight_BxL, nats_BxL, 0)), jnp.sum(weight_BxL, dtype=jnp.int32),

@@ -97,7 +97,8 @@ def make_forward(model: Any, config: Config) -> Callable:
   """
   training = config.training
   def call(params, memory, batch, key):
-    return score(model, params, memory, batch, key=key, remat=training.remat, rngs=noise(config.model, key))
+    return score(model, params, memory, batch, key=key, remat=training.remat, unroll=training.unroll,
+                 rngs=noise(config.model, key))
 
   def segments(params, memory, batch, key):
     number = training.length // training.bptt

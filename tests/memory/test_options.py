@@ -85,7 +85,7 @@ ATTENTION = [
     ('rope.original', 20, 'output', YARN), ('rope.low_factor', 3.0, 'output', LLAMA3), ('rope.high_factor', 9.0, 'output', LLAMA3),
     ('rope.beta_fast', 2.0, 'output', YARN), ('rope.beta_slow', 5.0, 'output', YARN), ('rope.attention_factor', 2.0, 'output', YARN),
     ('out_bias', True, 'shape', {}), ('persistent', 2, 'shape', {}), ('backend', 'cudnn', 'trace', {}),
-    ('backend', 'xla', 'trace', {'backend': 'cudnn'}),
+    ('backend', 'xla', 'trace', {'backend': 'cudnn'}), ('backend', 'cudnn_rows', 'trace', {'backend': 'cudnn'}),
 ]
 DECODER = [
     ('width', 4, 'shape', {}), ('hidden', -1, 'shape', {}), ('hidden', 0, 'shape', {}), ('vocabulary', 9, 'shape', {}),

@@ -85,6 +85,29 @@ def test_remat_changes_nothing(base):
   close(again(params), plain(params))
 
 
+def unrolled(model, unroll, **more):
+  """The loss of parameters, whose repeats are scanned or not."""
+  def loss(p):
+    call = dict(position_BxL=POSITION_BxL, unroll=unroll, **more)
+    return jnp.sum(jnp.sin(model.apply({'params': p}, TOKEN_BxL, model.init_state(B), **call)[0]))
+  return loss
+
+
+def test_unrolled_repeats_are_not_scanned(base):
+  model, params, _ = base
+  scanned, written = (str(jax.make_jaxpr(unrolled(model, unroll))(params)) for unroll in (False, True))
+  assert 'unroll=2' in written and 'unroll=2' not in scanned
+
+
+@pytest.mark.slow
+def test_unrolling_changes_nothing(base):
+  model, params, _ = base
+  both = (jax.jit(jax.value_and_grad(unrolled(model, unroll, remat=unroll))) for unroll in (False, True))
+  scanned, written = (f.lower(params).compile() for f in both)
+  assert scanned.as_text().count(' while(') > written.as_text().count(' while(')
+  close(written(params), scanned(params))
+
+
 def test_statistics_come_layer_by_layer(base):
   model, params, (logits, _, plain) = base
   out, _, aux = run(model, params, collect=True)

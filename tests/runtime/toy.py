@@ -39,7 +39,7 @@ class Recurrent:
 
   def init_state(self, rows, max_len=0): return {'s': jnp.zeros((rows, 4))}
 
-  def apply(self, variables, token, state, *, position_BxL, mask_BxL=None, key=None, remat=False, rngs=None):
+  def apply(self, variables, token, state, *, position_BxL, mask_BxL=None, key=None, remat=False, unroll=False, rngs=None):
     p = variables['params']
     def body(s, token):
       x, first = token
