@@ -36,7 +36,11 @@ def on_gpu() -> bool:
 
 def compile_case(name: Any, function: Callable, arguments: tuple, **options: Any) -> Case:
   """The compiled case; temporaries are those that XLA plans, arguments and results not counted."""
-  lowered = jax.jit(function, **options).lower(*arguments)
+  return compiled_case(name, jax.jit(function, **options).lower(*arguments), arguments)
+
+
+def compiled_case(name: Any, lowered: Any, arguments: tuple) -> Case:
+  """The case of a function that is lowered already."""
   started = time.perf_counter()
   compiled = lowered.compile()
   usage = compiled.memory_analysis()
@@ -44,11 +48,15 @@ def compile_case(name: Any, function: Callable, arguments: tuple, **options: Any
 
 
 def compile_cases(jobs: dict[Any, tuple[Callable, tuple]], **options: Any) -> dict[Any, Case]:
-  """All jobs compiled; on an accelerator several at once, since compilation is what such a run waits for. Options of `jax.jit`."""
+  """All jobs compiled; on an accelerator several at once, since compilation is what such a run waits for. Options of `jax.jit`.
+
+  They are traced one after the other: Python dataclasses, as Flax modules are, cannot be looked at while another thread makes some.
+  """
   workers = min(8, os.cpu_count() or 1) if on_gpu() else 1
   with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-    cases = pool.map(lambda job: compile_case(job[0], *job[1], **options), jobs.items())
-    return {case.name: case for case in cases}
+    waiting = [pool.submit(compiled_case, name, jax.jit(function, **options).lower(*arguments), arguments)
+               for name, (function, arguments) in jobs.items()]
+    return {case.name: case for case in (one.result() for one in waiting)}
 
 
 def time_cases(cases: Iterable[Case], *, repeats: int, inner: int = 1) -> dict[str, dict[str, float]]:

@@ -128,9 +128,11 @@ def test_language_of_wirings(tmp_path):
   files = write_text(tmp_path, {'train': 60, 'valid': 9, 'test': 7})
   path = tmp_path / 'l.json'
   language.main([*files, '--models', 'window + linear exact;window', '--like', 'MAG', '--width', '16', '--heads', '2', '--layers', '1',
-                 '--window', '8', '--chunk', '8', '--carried', '--steps', '2', '--per_call', '2', '--eval_every', '2', '--batch', '2',
-                 '--length', '16', '--seeds', '1', '--warmup', '1', '--eval_batch', '4', '--lanes', '2', '--output', str(path)])
+                 '--window', '8', '--chunk', '8', '--carried', '--steps', '4', '--per_call', '2', '--eval_every', '2', '--batch', '2',
+                 '--length', '16', '--seeds', '1', '--warmup', '1', '--eval_batch', '4', '--lanes', '2', '--fuse', 'mix',
+                 '--room', '9000,3000', '--budget', '.001', '--output', str(path)])
   memory, window = check(path, 'language')['rows']
+  assert memory['steps'] == 2                             # of four: the budget was spent
   assert set(memory['test_nll']) == {'carried', 'frozen', 'off'} and set(window['test_nll']) == {'carried'}
   assert memory['test_nll']['carried'] != memory['test_nll']['off'] and abs(memory['parameters'] / window['parameters'] - 1) < 0.05
 
