@@ -84,6 +84,14 @@ REFUSED = [
   (lambda: NeuralConfig(proj=NeuralProjConfig(features='polynomial')), "net.residual must be 'off' with proj.features, which widen keys"),
   (lambda: NeuralConfig(rule=TNT, net=NeuralNetConfig(residual='off'), proj=NeuralProjConfig(features='polynomial')),
    "proj.features does not apply to rule.mode='tnt'"),
+  (lambda: NeuralConfig(chunk=4, write=NeuralWriteConfig(persistent=5)), 'write.persistent=5 does not fit into one chunk=4'),
+  (lambda: NeuralConfig(rule=TNT, write=NeuralWriteConfig(persistent=2)),
+   "write.persistent does not apply to net.kind='mlp' in rule.mode='tnt'"),
+  (lambda: model(width=66, heads=2, proj=NeuralProjConfig(rope='full')), 'mixers.mem.heads=2 leaves 33 channels a head, an odd number'),
+  (lambda: NeuralGatesConfig(threshold=1.0), 'threshold applies to surprise, which is off'),
+  (lambda: NeuralGatesConfig(surprise='norm'), "threshold=0 of surprise='norm' must be above 0"),
+  (lambda: NeuralConfig(gates=NeuralGatesConfig(surprise='z'), rule=EXACT, net=MATRIX),
+   "gates.surprise needs rule.mode 'token' or 'block'"),
   (lambda: model(heads=7), 'mixers.mem.heads=7 does not divide width=64'),
 ]
 

@@ -104,10 +104,15 @@ class NeuralGatesConfig:
   eta_bias: float = option(2.197, 'logit of the momentum at initialisation (0.9)')
   order: int = option(2, "momenta of rule.momentum='cascade'", low=1)
   alpha_bias: float = option(0.0, 'logit of the forgetting at initialisation; 0 = spread over heads from -4 to -8, -6 for decay_to zero')
+  surprise: str = option('', "which tokens write: '' all; z: those whose gradient is so many standard deviations above the mean of "
+                         'those before; norm: those whose gradient is so large', choices=('', 'z', 'norm'))
+  threshold: float = option(0.0, 'of surprise')
   row_factor: bool = option(False, 'the steps of a chunk count for 1 / t + a learned number after t of its tokens (TTT; mode token)')
 
   def __post_init__(self):
     refuse(self.theta_raw and self.theta_norm != '', f'theta_norm={self.theta_norm!r} does not apply to theta_raw')
+    refuse(self.threshold != 0 and not self.surprise, 'threshold applies to surprise, which is off')
+    refuse(self.surprise == 'norm' and self.threshold <= 0, f"threshold={self.threshold:g} of surprise='norm' must be above 0")
     refuse(self.theta_raw and not self.theta_momentum_norm, 'theta_momentum_norm does not apply to theta_raw')
 
 
@@ -116,6 +121,7 @@ class NeuralWriteConfig:
   """What one token writes (specification sections 4 and 5.5)."""
   pairs: int = option(1, 'pairs of key and value of each token', low=1)
   window: int = option(1, 'tokens whose gradients each step follows, taken at one anchor (omega rule; mode token)', low=1)
+  persistent: int = option(0, 'learned tokens that every document begins with: they are written before it, in a chunk of their own', low=0)
   per_tensor: bool = option(False, 'a learned factor in (0, 2) on the step size for each fast tensor (not in mode exact)')
   refresh: int = option(0, 'mode chunk_gates: chunks between the weights at which gradients are taken; 0 = always the learned start', low=0)
   detach: int = option(0, 'chunks of a call after which outer gradients stop flowing into the memory; 0 = they never stop', low=0)
@@ -137,6 +143,8 @@ class NeuralProjConfig:
   qk_norm: str = option('l2', 'of queries and keys', choices=('l2', 'rms', 'none'))
   features: str = option('', "of queries and keys after their norm: polynomial, or a name (Python: memjax.ops.neural_custom); '' = none")
   degree: int = option(2, 'of polynomial features', low=2, high=4)
+  rope: str = option('', "rotary positions of queries and keys: full, those in the document; chunk, modulo the chunk (TTT); '' = none",
+                     choices=('', 'full', 'chunk'))
   lookahead: bool = option(False, 'store the value of a token under the key of the token before it')
   out_norm: bool = option(True, 'RMS norm of the read per head')
   out_gate: str = option('silu', 'what the read is multiplied by: act(W x)', choices=('', 'silu', 'sigmoid'))
@@ -225,10 +233,16 @@ class NeuralConfig:
     refuse(self.exec.solver != 'blocked' and rule.mode != 'exact', f"exec.solver applies to rule.mode='exact', not to {rule.mode!r}")
     refuse(write.window > 1 and rule.mode != 'token', f"write.window={write.window} needs rule.mode='token', not {rule.mode!r}")
     refuse(write.window > self.chunk, f'write.window={write.window} reaches back beyond one chunk={self.chunk}')
+    refuse(write.persistent > self.chunk, f'write.persistent={write.persistent} does not fit into one chunk={self.chunk}')
+    refuse(write.persistent > 0 and (self.waits or rule.mode == 'tnt'),
+           f'write.persistent does not apply to net.kind={net.kind!r} in rule.mode={rule.mode!r}')
     refuse(write.per_tensor and rule.mode == 'exact', "write.per_tensor does not apply to rule.mode='exact'")
     refuse(gates.theta_norm == 'gram' and (rule.mode != 'token' or write.window > 1 or write.pairs > 1),
            "gates.theta_norm='gram' needs rule.mode='token' with write.window=1 and write.pairs=1")
     constant = rule.mode == 'token' and rule.momentum == 'none' and not rule.forget
+    judges = rule.mode in ('token', 'block') and net.kind != 'attention' and write.window == 1 and not gates.row_factor
+    refuse(gates.surprise != '' and (not judges or gates.theta_norm == 'gram'), "gates.surprise needs rule.mode 'token' or 'block' with "
+           "write.window=1, and neither gates.theta_norm='gram' nor gates.row_factor nor net.kind='attention'")
     refuse(gates.row_factor and not constant, "gates.row_factor needs rule.mode='token', rule.momentum='none' and no rule.forget")
     refuse(self.proj.features != '' and net.has_residual, "net.residual must be 'off' with proj.features, which widen keys")
     self._check_whole()

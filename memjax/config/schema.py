@@ -104,6 +104,7 @@ class ModelConfig:
     refuse(not given and self.width % heads != 0, f'{path}.heads={heads} does not divide width={self.width}')
     derived = given or self.width // heads
     paired = getattr(mixer, 'rotary', False) or getattr(getattr(mixer, 'binding', None), 'kind', '') == 'phasor'
+    paired = paired or getattr(getattr(mixer, 'proj', None), 'rope', '')
     refuse(bool(derived % 2 and paired), f'{path}.heads={heads} leaves {derived} channels a head, an odd number')
     refuse(mixer.kind == 'holographic_seed' and derived < self.width,
             f'{path}.key_width={derived} is below width={self.width}')

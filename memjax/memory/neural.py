@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from memjax.memory.base import both, real_resets, where_rows
-from memjax.memory.neural_held import RECENT, RUNNING, NeuralState, Pending, watched
+from memjax.memory.neural_held import RECENT, NeuralState, Pending, watched
 from memjax.memory.neural_inputs import NeuralItems
 from memjax.memory.neural_state import NeuralStep
+from memjax.ops import neural as ops
 from memjax.ops.counts import cumulate
 from memjax.ops.nested_scan import nested_scan
 from memjax.ops.neural_layout import Layout, lay_out, rearrange
@@ -22,6 +23,21 @@ from memjax.ops.neural_steps import Coefficients, Gates, coefficients, for_pairs
 
 class Neural(NeuralStep):
   """The kind `neural`; every option of `NeuralConfig`."""
+
+  def start(self, rows: int) -> ops.Weights:
+    """The learned start for some rows, after the write of persistent tokens: a chunk of their own, from W_init and no momentum."""
+    if not self.config.write.persistent: return super().start(rows)
+    home, rule, before = super().start(1), self.rule, self.reach[1]
+    count, wide = self.config.write.persistent, self.state_dtype
+    tail = {name: jnp.zeros((1, *shape), wide) for name, shape in self.parts.tails.items()}
+    items, _ = self.projections.items(self.projections(self.prefix[None].astype(self.dtype), jnp.arange(count)[None]), tail)
+    spread = lambda front, back: jax.tree.map(lambda a: jnp.pad(a, ((0, 0), (front, back), *((0, 0),) * (a.ndim - 2))), items)
+    gates, tokens = self.tokens(spread(before, self.config.chunk - count))
+    made = self.coefficients(jax.tree.map(lambda a: a[..., before:], gates))
+    nothing = {name: (jnp.zeros_like(a),) * rule.levels for name, a in home.fast.items()}
+    found = find_factors(rule, home, nothing, tokens, coefficients=made)
+    new = ops.finish(rule, home, ops.commit(rule, home, nothing, found=found, coefficients=made))
+    return home._replace(fast={name: jnp.repeat(a + new[name][0], rows, 0) for name, a in home.fast.items()})
 
   def parallel(self, state, inputs, mask_BxL=None, *, write_mask_BxL=None, reset_BxL=None):
     """All tokens: in chunks where all may write and every row has room for its chunks; at once where none may write; else by steps."""
@@ -79,12 +95,11 @@ class Neural(NeuralStep):
       rows = jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), slots)
       halo = self._halo(state, rows, jnp.swapaxes(layout.fresh, 0, 1)) if before else None
       gates, tokens = self.tokens(rows, halo)
-      return slots, halo, tokens, self.coefficients(gates), jnp.swapaxes(rows.query, 2, 3), tail
+      return slots, halo, tokens, self.plan(gates), jnp.swapaxes(rows.query, 2, 3), tail
     slots, halo, tokens, found, query, tail = jax.checkpoint(prepare)(state, inputs, old.tail)      # elementwise, cheap to do again
     chunks = Chunk(query, tokens, found, jnp.swapaxes(layout.full, 0, 1), jnp.swapaxes(layout.fresh, 0, 1))
-    e = self.config.exec
-    memory, (y, told) = scan_chunks(self.rule, start, self.carried(state), chunks, group=e.group, unroll=e.unroll,
-                                    detach=self.config.write.detach)
+    memory, (y, told) = self.scan_all(start, state, chunks, layout)
+    slots = self.decided(slots, told)
     y_BxLxE = self._flat(self._back(y, layout))
     told = Told(*(self._back(a[..., None], layout)[..., 0] for a in told))
     new = state.replace(slot_B=layout.slot, tail=tail, running_BxHxY=self._running(state, told, real_BxL, reset_BxL))
@@ -92,6 +107,21 @@ class Neural(NeuralStep):
     if before: new = new.replace(halo=self._last_halo(halo, slots, layout))
     if new.pending is not None: new = new.replace(pending=self._pending(new, start, slots, layout))
     return where_rows(real_BxL.any(1), new, old), jnp.where(real_BxL[..., None], y_BxLxE, 0), told
+
+  def scan_all(self, start: ops.Weights, state: NeuralState, chunks: Chunk, layout: Layout) -> tuple[Any, tuple]:
+    """(memory, (y [N, B, H, C, V], told)) of all chunks."""
+    del layout
+    e = self.config.exec
+    return scan_chunks(self.rule, start, self.carried(state), chunks, group=e.group, unroll=e.unroll, detach=self.config.write.detach)
+
+  def decided(self, slots: NeuralItems, told: Told) -> NeuralItems:
+    """Slots that say which of their tokens wrote."""
+    del told
+    return slots
+
+  def plan(self, gates: Gates) -> Any:
+    """What chunks are known to do by their gates."""
+    return self.coefficients(gates)
 
   def coefficients(self, gates: Gates) -> Coefficients:
     """The coefficients of chunks."""
@@ -149,7 +179,7 @@ class Neural(NeuralStep):
     after_BxL = cumulate(reset_BxL) == reset_BxL.sum(1, keepdims=True)
     weight_BxL = jnp.where(real_BxL & after_BxL, (1 - RECENT) * RECENT ** later_BxL.astype(self.state_dtype), 0)
     carried_B = jnp.where(reset_BxL.any(1), 0, RECENT ** real_BxL.sum(1).astype(self.state_dtype))
-    return jnp.einsum('bl,blhy->bhy', weight_BxL, watched(told)) + carried_B[:, None, None] * state.running_BxHxY
+    return jnp.einsum('bl,blhy->bhy', weight_BxL, watched(told, len(self.running))) + carried_B[:, None, None] * state.running_BxHxY
 
   def _kept(self, slots: NeuralItems, layout: Layout) -> NeuralItems:
     """The tokens [B, C, ...] of each row's last chunk where it is not complete; zeros elsewhere."""
@@ -181,14 +211,15 @@ class Neural(NeuralStep):
     return y_BxLxE, new, {**aux, **self.monitors(new)}
 
   def monitors(self, state):
-    """Running means of the inner loss, the gradient norm and the share clipped; |W - W_init| / |W_init|; without gradient."""
-    mean = {name: state.running_BxHxY[..., n].mean() for n, name in enumerate(RUNNING)}
+    """Running means of the inner loss, the gradient norm and the shares clipped and written; |W - W_init| / |W_init|; without gradient."""
+    mean = {name: state.running_BxHxY[..., n].mean() for n, name in enumerate(self.running)}
     total = jnp.maximum(mean['weight'], 1e-9)
     size = lambda parts: jnp.sqrt(sum(jnp.sum(jnp.square(a)) for a in parts) + 1e-12)
     home = size(self.fast.values()) * state.slot_B.shape[0] ** 0.5
     told = {'inner_loss': mean['loss'] / total, 'surprise': mean['surprise'] / total,
             'weight_change': size(levels[0] for levels in state.fast.values()) / home}
     if self.config.rule.clip: told['clipped'] = mean['clipped'] / total
+    if self.config.gates.surprise: told['written'] = mean['written'] / total
     return {name: jax.lax.stop_gradient(a.astype(jnp.float32)) for name, a in told.items()}
 
   def aux(self, state, inputs, y_BxLxE, *, mask_BxL=None, **context):

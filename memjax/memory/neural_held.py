@@ -10,7 +10,7 @@ from memjax.ops.neural_scan import Told
 from memjax.ops.neural_steps import Coefficients, for_pairs
 
 RECENT = 0.99                              # share of the running means that a token keeps
-RUNNING = ('weight', 'loss', 'surprise', 'surprise_square', 'clipped')
+RUNNING = ('weight', 'loss', 'surprise', 'surprise_square', 'clipped', 'written')     # written: with a surprise gate alone
 
 
 @struct.dataclass
@@ -60,8 +60,9 @@ class NeuralState:
   count_B: Any = None
 
 
-def watched(told: Told) -> jax.Array:
-  """What `RUNNING` averages, of each token [..., Y], without gradient."""
+def watched(told: Told, count: int) -> jax.Array:
+  """The first `count` of what `RUNNING` averages, of each token [..., Y], without gradient."""
   one = jnp.ones_like(told.loss)
-  parts = one, told.loss, told.norm, told.norm ** 2, (told.kept < 1).astype(one.dtype)
-  return jax.lax.stop_gradient(jnp.stack(parts, -1))
+  written = told.kept > 0
+  parts = one, told.loss, told.norm, told.norm ** 2, ((told.kept < 1) & written).astype(one.dtype), written.astype(one.dtype)
+  return jax.lax.stop_gradient(jnp.stack(parts[:count], -1))

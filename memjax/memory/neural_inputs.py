@@ -15,13 +15,17 @@ from memjax.layers.lora import Lora
 from memjax.ops.neural_custom import feature_width, features
 from memjax.ops.neural_nets import Network
 from memjax.ops.neural_steps import Gates
+from memjax.ops.rope import frequencies, rotate
+
+ROPE_BASE = 10000.0
 
 
 @struct.dataclass
 class NeuralInputs:
-  """Raw queries, keys and values [B, L, E], and gates (see `NeuralProjections.names`)."""
+  """Raw queries, keys and values [B, L, E], gates (see `NeuralProjections.names`), and positions where they are rotated."""
   streams: tuple
   gate_BxLxGxH: jax.Array
+  position_BxL: Any = None
 
 
 @struct.dataclass
@@ -102,9 +106,10 @@ class NeuralProjections(nn.Module):
     if name == 'alpha': return g.alpha_bias or (np.linspace(-4, -8, H) if self.config.rule.decay_to == 'init' else -6.0)
     return g.eta_bias if name.startswith('eta') else {'theta': g.theta_bias, 'c1': 1.0}.get(name, 0.0)
 
-  def __call__(self, x_BxLxD: jax.Array) -> NeuralInputs:
+  def __call__(self, x_BxLxD: jax.Array, position_BxL: jax.Array) -> NeuralInputs:
     """The big matmuls, all tokens at once; gates in float32."""
-    return NeuralInputs(tuple(linear(x_BxLxD) for linear in self.linear.values()), self.gates(x_BxLxD))
+    return NeuralInputs(tuple(linear(x_BxLxD) for linear in self.linear.values()), self.gates(x_BxLxD),
+                        position_BxL if self.config.proj.rope else None)
 
   def gates(self, x_BxLxD: jax.Array) -> jax.Array:
     """The gates [B, L, G, H] in the order of `names`."""
@@ -162,7 +167,7 @@ class NeuralProjections(nn.Module):
       streams = [short_conv(x, own, before, taps, dtype=wide) for x, own, before in each]
     streams = [jax.nn.silu(x.astype(wide)) if p.activation else x.astype(wide) for x in streams]
     cut = lambda a: a.reshape(*a.shape[:2], H, -1)
-    query, key = (finished(a.reshape(*a.shape[:2], -1, K), self.config) for a in streams[:2])
+    query, key = (finished(a.reshape(*a.shape[:2], -1, K), self.config, inputs.position_BxL) for a in streams[:2])
     key, value, gate = cut(key), cut(streams[2]), inputs.gate_BxLxGxH
     query, key, value = jax.lax.optimization_barrier(tuple(a.astype(self.dtype) for a in (query, key, value)))
     if p.lookahead:
@@ -175,10 +180,13 @@ class NeuralProjections(nn.Module):
     return NeuralItems(query, key, value, gate), new
 
 
-def finished(x: jax.Array, config: NeuralConfig) -> jax.Array:
-  """Queries or keys [B, L, H, K] after norm and feature map."""
+def finished(x: jax.Array, config: NeuralConfig, position_BxL: jax.Array | None = None) -> jax.Array:
+  """Queries or keys [B, L, H, K] after norm, rotation (None: all at position 0) and feature map."""
   p = config.proj
-  return features(unit(x, p.qk_norm), p.features, p.degree)
+  x = unit(x, p.qk_norm)
+  if p.rope and position_BxL is not None:
+    x = rotate(x, position_BxL % config.chunk if p.rope == 'chunk' else position_BxL, frequencies(x.shape[-1], ROPE_BASE))
+  return features(x, p.features, p.degree)
 
 
 def unit(x: jax.Array, norm: str) -> jax.Array:

@@ -27,6 +27,8 @@ class NeuralStep(Memory):
     self.fast = {name: make(f'start_{name}', shape) for name, shape in net.fast.items()}
     self.slow = {name: make(f'slow_{name}', shape) for name, shape in net.slow.items()}
     if c.gates.row_factor: self.row = self.param('row', partitioned(nn.initializers.zeros_init(), ('heads', None)), (H, c.chunk))
+    if c.write.persistent:
+      self.prefix = self.param('persistent', partitioned(nn.initializers.normal(0.02), (None, 'embed')), (c.write.persistent, self.width))
     if c.proj.out_norm: self.scale = self.param('scale', partitioned(nn.initializers.ones_init(), ('heads',)), (H * V,))
     if c.proj.out_gate: self.out_gate = Linear(H * V, ('embed', 'heads'), name='out_gate', **shared)
     self.out = Linear(self.width, ('heads', 'embed'), zero=self.grafted, name='out', **shared)
@@ -74,7 +76,7 @@ class NeuralStep(Memory):
     fast, rows = self.rule.network.fast, (before + C) * pairs
     zeros = lambda *shape: jnp.zeros((batch, *shape), self.state_dtype)
     state = NeuralState({name: tuple(zeros(H, *shape) for _ in range(Q)) for name, shape in fast.items()}, jnp.zeros((batch,), jnp.int32),
-                        {name: zeros(*shape) for name, shape in self.parts.tails.items()}, zeros(H, len(RUNNING)))
+                        {name: zeros(*shape) for name, shape in self.parts.tails.items()}, zeros(H, len(self.running)))
     if self.is_block: return state.replace(anchor={name: zeros(H, *shape) for name, shape in fast.items()})
     tokens = lambda count: (zeros(count, H, K * pairs), zeros(count, H, V * pairs), zeros(count, len(self.parts.names), H))
     if before: state = state.replace(halo=NeuralItems(None, *tokens(before)))
@@ -84,8 +86,7 @@ class NeuralStep(Memory):
 
   def project(self, x_BxLxD: jax.Array, position_BxL: jax.Array) -> NeuralInputs:
     """Raw queries, keys and values, and the gates."""
-    del position_BxL
-    return self.projections(x_BxLxD)
+    return self.projections(x_BxLxD, position_BxL)
 
   def start(self, rows: int) -> ops.Weights:
     """The learned start for some rows."""
@@ -102,7 +103,7 @@ class NeuralStep(Memory):
     written_B = both(mask_B, write_mask_B)
     if written_B is None: written_B = jnp.ones(state.slot_B.shape, bool)
     new, y_BxE, told = (self._block_step if self.is_block else self._token_step)(state, items, written_B)
-    running = RECENT * state.running_BxHxY + (1 - RECENT) * watched(told)[:, :, 0]
+    running = RECENT * state.running_BxHxY + (1 - RECENT) * watched(told, len(self.running))[:, :, 0]
     new = new.replace(tail=where_rows(written_B, tail, state.tail), running_BxHxY=where_rows(written_B, running, state.running_BxHxY))
     return new, y_BxE if mask_B is None else jnp.where(mask_B[:, None], y_BxE, 0)
 
@@ -132,10 +133,20 @@ class NeuralStep(Memory):
     found, real = ops.factors(self.rule, ops.anchor(start, fast), start.slow, tokens), tokens.weight[..., None] > 0
     return found._replace(a={name: jnp.where(real, a, 0) for name, a in found.a.items()})
 
+  @property
+  def running(self) -> tuple[str, ...]:
+    """The running means that the state has."""
+    return RUNNING if self.config.gates.surprise else RUNNING[:-1]
+
+  def judged(self, state, found: ops.Factors, gates: Any, items: NeuralItems) -> tuple:
+    """(factors, gates, items) of one token after a look at its gradient."""
+    del state
+    return found, gates, items
+
   def _token_step(self, state, items, written_B):
     rule, start, old = self.rule, self.start(written_B.shape[0]), state.pending
     gates, tokens = self.tokens(items)
-    found = self._one_gradient(state, start, tokens)
+    found, gates, items = self.judged(state, self._one_gradient(state, start, tokens), gates, items)
     (B, H), C, (pairs, before), rows = old.push_BxHxQxC.shape[:2], self.config.chunk, self.reach, jnp.arange(written_B.shape[0])
     slot = jnp.where(written_B, state.slot_B, C)                                      # C: dropped
     now = jax.tree.map(lambda a: a[..., 0], gates)
@@ -189,7 +200,7 @@ class NeuralStep(Memory):
     rule, start = self.rule, self.start(written_B.shape[0])
     gates, tokens = self.tokens(items)
     weights = {name: start.fast[name] + a for name, a in state.anchor.items()}
-    found = ops.factors(rule, weights, start.slow, tokens)
+    found, gates, items = self.judged(state, ops.factors(rule, weights, start.slow, tokens), gates, items)
     made = coefficients(rule.momentum, gates, inside=False, pairs=rule.pairs)
     fast = ops.commit(rule, start, state.fast, found=found, coefficients=made)
     y_BxE = self._flat(self.read_anchor(state, items.query))[:, 0]

@@ -9,6 +9,7 @@ from memjax.memory.context import Context
 from memjax.memory.holographic import Holographic
 from memjax.memory.holographic_seed import HolographicSeed
 from memjax.memory.neural import Neural
+from memjax.memory.neural_gated import NeuralGated
 from memjax.memory.neural_tnt import NeuralTnt
 from memjax.memory.neural_waiting import NeuralWaiting
 from memjax.memory.product_key import ProductKey
@@ -25,6 +26,7 @@ def memory_class(config: Any) -> type[Memory]:
   if config.kind not in MEMORIES: raise UserError(f'no memory of kind {config.kind!r}; known: {", ".join(sorted(MEMORIES))}')
   if config.kind == 'neural' and config.rule.mode == 'tnt': return NeuralTnt
   if config.kind == 'neural' and config.waits: return NeuralWaiting
+  if config.kind == 'neural' and config.gates.surprise: return NeuralGated
   return MEMORIES[config.kind]
 
 

@@ -51,7 +51,7 @@ def context_state(config: ModelConfig, names: tuple[str, str], batch: int) -> Co
   count = jnp.zeros((batch,), jnp.int32)
   reads_once = titans.write == 'input'
   tail = jnp.zeros((batch, 0 if titans.learned or reads_once else max(memory.config.proj.conv_width - 1, 0), H * K), wide)
-  asked = (jnp.zeros((batch, S, H, K), wide), jnp.zeros((batch, S), jnp.int32)) if titans.asked == 'previous' else None
+  asked = (jnp.zeros((batch, S, H, memory.parts.key_width), wide), jnp.zeros((batch, S), jnp.int32)) if titans.asked == 'previous' else None
   begins = memory.config.chunk < S and not reads_once and (asked is None or titans.read == 'segment')
   return ContextState(pair(S * (1 + titans.lookback)), pair(0 if titans.learned else S), count, count, tail, start if begins else None,
                       asked)
@@ -112,7 +112,7 @@ class Context(nn.Module):
       if second in flow.silent: read_BxLxE = jnp.zeros_like(read_BxLxE)
       recall, memory = self.attention.keys(self.recall.vectors(read_BxLxE[:, :, None]), position), None
     elif not self.config.block.titans.learned:
-      recall, tail = self.recall.queries(x_BxLxD, tail, written_BxL=written_BxL, reset_BxL=reset_BxL)
+      recall, tail = self.recall.queries(x_BxLxD, tail, position_BxL=position, written_BxL=written_BxL, reset_BxL=reset_BxL)
     own_BxLxD = x_BxLxD if self.config.block.titans.write == 'sum' else None
     tokens = ContextTokens(inputs.q_BxLxHxK, inputs.k_BxLxGxK, inputs.v_BxLxGxK, recall, position, real_BxL, written_BxL,
                            reset_BxL, own_BxLxD, second in flow.frozen, second in flow.silent)

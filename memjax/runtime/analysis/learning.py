@@ -47,9 +47,10 @@ def learning_of(seen: dict[str, np.ndarray], mask_BxL: np.ndarray, change_TxBxH:
   def over_time(a_BxLxH):
     total_L = np.where(mask_BxL, np.asarray(a_BxLxH, np.float64).mean(-1), 0).sum(0)
     return round_list((np.add.reduceat(total_L, edges[:-1]) / np.maximum(count, 1))[count > 0])
+  kept = seen['kept_BxLxH']
   gates = {found[1]: over_time(a) for name, a in seen.items() if (found := GATES.fullmatch(name))}
   return {'tokens': edges[1:][count > 0].tolist(), 'surprise': over_time(seen['surprise_BxLxH']),
-          'inner_loss': over_time(seen['inner_loss_BxLxH']), 'clipped': over_time(seen['kept_BxLxH'] < 1), 'gates': gates,
+          'inner_loss': over_time(seen['inner_loss_BxLxH']), 'clipped': over_time((kept < 1) & (kept > 0)), 'gates': gates,
           'weight_tokens': at, 'weight_change': round_list(change_TxBxH.mean(1))}
 
 
