@@ -1,0 +1,210 @@
+"""The writes of a neural memory as Pallas kernels through the Triton lowering: three a chunk, and three a chunk of their gradient.
+
+Equal to `factors`, `commit` and `prepare` of one chunk after the other. Arrays of all chunks are rewritten in place, a chunk at a time,
+so that nothing is copied, and only what reads need is kept for the gradient. On a CPU the kernels run by interpretation.
+"""
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from memjax.ops import pallas_neural_kernels as kernels
+from memjax.ops.neural import Rule, Tokens, Weights, squared_norms
+from memjax.ops.neural_reads import Prepared
+from memjax.ops.neural_steps import Coefficients
+from memjax.ops.pallas_chunk import wide
+from memjax.ops.pallas_neural_kernels import Plan
+
+
+class Launch(NamedTuple):
+  """Warps of each kernel; hidden channels of a program."""
+  meet_kernel: int = 4
+  judge_kernel: int = 4
+  write_kernel: int = 4
+  push_back_kernel: int = 4
+  judge_back_kernel: int = 8
+  find_back_kernel: int = 4
+  block: int = 64
+
+
+class Arrays(NamedTuple):
+  """What a kernel reads, rewrites in place, and makes for the next one ('up' and 'down' are all levels of these); its programs for each
+  block of hidden channels, 0 = one program for all."""
+  reads: tuple[str, ...]
+  rewrites: tuple[str, ...]
+  makes: tuple[str, ...] = ()
+  programs: int = 2
+
+
+LAUNCH = Launch()
+TOKENS = ('at', 'key', 'value', 'weight', 'push', 'turn')
+FORWARD = {
+  'meet_kernel': Arrays(('at', 'hold', 'key', 'init_up', 'init_down', 'up0', 'down0'), ('hidden', 'h'), ('part', 'anchor'), 1),
+  'judge_kernel': Arrays((*TOKENS, 'hold', 'init_gain', 'part'), ('gain', 'out', 'd', 'read', 'loss'), programs=0),
+  'write_kernel': Arrays(('at', 'hold', 'key', 'push', 'turn', 'anchor', 'hidden', 'h', 'd'), ('up', 'down', 'seen_up', 'seen_down'))}
+BACKWARD = {
+  'push_back_kernel': Arrays(
+      ('at', 'flow', 'key', 'push', 'turn', 'init_down', 'hidden', 'h', 'seen_up', 'seen_down', 'd', 'ct_h', 'ct_seen_up', 'ct_seen_down'),
+      ('up', 'down', 'dpush', 'dturn', 'dkey_push'), ('dh', 'bent', 'raised', 'part')),
+  'judge_back_kernel': Arrays(
+      (*TOKENS, 'hold', 'flow', 'init_gain', 'part', 'out', 'old_gain', 'ct_d', 'ct_read', 'ct_loss', 'ct_gain'),
+      ('gain', 'dkey', 'dvalue', 'dweight', 'dgain', 'gpush', 'gturn'), ('dout',), 0),
+  'find_back_kernel': Arrays(
+      ('at', 'flow', 'key', 'turn', 'init_up', 'init_down', 'hidden', 'h', 'seen_up', 'seen_down', 'd', 'ct_seen_up', 'ct_seen_down', 'dh',
+       'bent', 'raised', 'dout'), ('up0', 'down0', 'dup', 'ddown', 'dkey_find'))}
+# Axes of arrays: N chunks, B rows, H heads, f hidden channels of a program, G all programs of a head, g one of them; the rest is whole.
+AXES = {axes: names.split() for axes, names in {
+  'A': 'at', 'NB': 'hold flow', 'NBHCK': 'key dkey', 'NBHCV': 'value d out read dvalue', 'NBHC': 'weight loss dweight',
+  'NBHQC': 'push gpush', 'NBHQP': 'turn gturn',
+  'BHKf': 'init_up up0 up1', 'BHfV': 'init_down down0 down1 anchor', 'BHV': 'init_gain', 'NBHQV': 'gain old_gain',
+  'NBHCf': 'hidden h', 'NBHRf': 'seen_up', 'NBHfW': 'seen_down', 'BHGCV': 'part', 'BHCV': 'dout', 'BHCf': 'dh bent raised',
+  'NBHGQC': 'dpush', 'NBHGQP': 'dturn', 'NBHV': 'dgain', 'NBHKf': 'dup', 'NBHfV': 'ddown', 'NBHgCK': 'dkey_push dkey_find'}.items()}
+AXES = {name: axes for axes, names in AXES.items() for name in names}
+
+
+def _spec(plan, name, shape, programs):
+  """The block of an array on the grid (programs of a head, heads, rows); `programs` share hidden channels."""
+  axes = AXES[name.removeprefix('ct_')]
+  block = tuple({'B': None, 'H': None, 'g': None, 'f': plan.block}.get(axis, size) for axis, size in zip(axes, shape, strict=True))
+  one_row = 'B' in axes and shape[axes.index('B')] == 1
+  return pl.BlockSpec(block, lambda g, h, b: tuple(
+      {'B': 0 if one_row else b, 'H': h, 'g': g // programs, 'f': g // programs}.get(axis, 0) for axis in axes))
+
+
+def _made(plan, name, arrays, programs):
+  """The shape of an array that one kernel hands to another."""
+  (B, H, C, F), V = arrays['hidden'].shape[1:], arrays['d'].shape[-1]
+  shape = {'part': (programs * plan.blocks, C, V), 'dout': (C, V), 'anchor': (F, V)}.get(name, (C, F))
+  return jax.ShapeDtypeStruct((B, H, *shape), wide(plan.dtype) if name == 'part' else plan.dtype)
+
+
+def _call(name, static, table, arrays):
+  """The arrays that a kernel rewrites and makes."""
+  plan, launch = static
+  each = lambda names: [f'{n}{q}' for n in names if n in ('up', 'down') for q in range(plan.levels)] + [
+      n for n in names if n not in ('up', 'down')]
+  rewrites, programs = each(table.rewrites), table.programs
+  inputs = sorted({*table.reads, *rewrites})
+  like = lambda n: jax.ShapeDtypeStruct(arrays[n].shape, arrays[n].dtype)
+  shapes = {n: like(n) for n in rewrites} | {n: _made(plan, n, arrays, programs) for n in table.makes}
+  spec = lambda n, shape: _spec(plan, n, shape, programs or 1)
+  return pl.pallas_call(
+      functools.partial(getattr(kernels, name), plan), out_shape=shapes, grid=(programs * plan.blocks or 1, *arrays['turn'].shape[2:0:-1]),
+      in_specs=[{n: spec(n, arrays[n].shape) for n in inputs}], out_specs={n: spec(n, s.shape) for n, s in shapes.items()}, name=name,
+      input_output_aliases={inputs.index(n): sorted(shapes).index(n) for n in rewrites}, interpret=not plan.is_compiled,
+      compiler_params=plgpu.CompilerParams(num_warps=getattr(launch, name), num_stages=1))({n: arrays[n] for n in inputs})
+
+
+def _over_chunks(static, tables, fixed, carry, *, backwards=False):
+  """`carry` after the kernels of all chunks."""
+  count = fixed['turn'].shape[0]
+  def chunk(n, carry):
+    arrays = {**fixed, **carry, 'at': jnp.full((1,), count - 1 - n if backwards else n, jnp.int32)}
+    for name, table in tables.items(): arrays |= _call(name, static, table, arrays)
+    return {name: arrays[name] for name in carry}
+  return jax.lax.fori_loop(0, count, chunk, carry) if count > 1 else chunk(0, carry)
+
+
+def _select(arrays, *names):
+  return {name: arrays[name] for name in names}
+
+
+def _levels(plan):
+  return [f'{side}{q}' for side in ('up', 'down') for q in range(plan.levels)]
+
+
+def _gain_stack(count, gain, at):
+  """Gains before every chunk and after the last one, of which one is known."""
+  return jax.lax.empty((count + 1, *gain.shape), gain.dtype).at[at].set(gain)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _write(static, start, memory, tokens):
+  """(memory after all chunks, what reads need)."""
+  return _write_forward(static, start, memory, tokens)[0]
+
+
+def _write_forward(static, start, memory, tokens):
+  plan, high = static[0], tokens['weight'].dtype
+  (N, B, H, C, K), F, Q, V = tokens['key'].shape, plan.blocks * plan.block, plan.levels, tokens['value'].shape[-1]
+  empty = lambda dtype, *shape: jax.lax.empty((N, B, H, *shape), dtype)
+  shapes = {'hidden': (C, F), 'h': (C, F), 'seen_up': (Q * K + C, F), 'seen_down': (F, Q * V), 'd': (C, V), 'out': (C, V)}
+  carry = {name: empty(plan.dtype, *shape) for name, shape in shapes.items()}
+  carry |= {**memory, 'gain': _gain_stack(N, memory['gain'], 0), 'read': empty(high, C, V), 'loss': empty(high, C)}
+  out = _over_chunks(static, FORWARD, {**tokens, **start}, carry)
+  new = {**_select(out, *_levels(plan)), 'gain': out['gain'][-1]}
+  seen = {**_select(out, 'h', 'seen_up', 'seen_down', 'd', 'read', 'loss'), 'gain': out['gain'][:-1]}
+  return (new, seen), (start, tokens, _select(out, 'hidden', 'h', 'seen_up', 'seen_down', 'd', 'out', 'gain'))
+
+
+def _write_backward(static, saved, cotangents):
+  plan, (start, tokens, kept), (dmemory, dseen) = static[0], saved, cotangents
+  (N, B, H, C, K), G, Q, V = tokens['key'].shape, plan.blocks, plan.levels, tokens['value'].shape[-1]
+  F, high, own = G * plan.block, tokens['weight'].dtype, tokens['key'].dtype
+  empty = lambda dtype, *shape: jax.lax.empty((N, B, H, *shape), dtype)
+  carry = {**dmemory, 'gain': _gain_stack(N, dmemory['gain'], N), 'dpush': empty(high, 2 * G, Q, C), 'gpush': empty(high, Q, C),
+           'dturn': jnp.zeros((N, B, H, 2 * G, Q, Q), high), 'gturn': jnp.zeros((N, B, H, Q, Q), high), 'dkey': empty(own, C, K),
+           'dkey_push': empty(own, G, C, K), 'dkey_find': empty(own, G, C, K), 'dvalue': empty(tokens['value'].dtype, C, V),
+           'dweight': empty(high, C), 'dgain': empty(high, V), 'dup': empty(plan.dtype, K, F), 'ddown': empty(plan.dtype, F, V)}
+  fixed = {**tokens, **start, **kept, 'old_gain': kept['gain'], **{f'ct_{name}': x for name, x in dseen.items()}}
+  got = _over_chunks(static, BACKWARD, fixed, carry, backwards=True)
+  over = lambda name, axes: jnp.sum(got[name], axes, dtype=high)
+  rows = lambda name, like: over(name, 0) if like.shape[0] == B else over(name, (0, 1))[None]
+  keys = got['dkey'].astype(high) + over('dkey_push', 3) + over('dkey_find', 3)
+  dtokens = {'key': keys.astype(own), **{name: got[f'd{name}'] for name in ('value', 'weight')},
+             **{name: over(f'd{name}', 3) + got[f'g{name}'] for name in ('push', 'turn')},
+             **{name: jnp.zeros_like(tokens[name]) for name in ('hold', 'flow')}}
+  dstart = {f'init_{side}': rows(f'd{side}', start[f'init_{side}']) for side in ('up', 'down', 'gain')}
+  return dstart, {**_select(got, *_levels(plan)), 'gain': got['gain'][0]}, dtokens
+
+
+_write.defvjp(_write_forward, _write_backward)
+
+
+def supports(rule: Rule, start: Weights, chunk: int) -> bool:
+  """Whether the kernels can write chunks of so many tokens: two layers, silu, residual with a fast gain, l2, bf16."""
+  net = rule.network
+  (K, F), *_ = net.widths if net.kind == 'mlp' else [(0, 0)]
+  plain = not (rule.clip or rule.gram or rule.first_order or start.slow or net.bias or net.slow_gain) and rule.pairs == 1
+  chosen = (rule.mode, rule.loss, rule.decay_to, net.kind, net.depth, net.activation, net.residual, net.value_width, rule.dtype)
+  fitting = all(16 <= size <= most and not size & (size - 1) for size, most in ((K, 128), (F, 1 << 16), (chunk, 128)))
+  return (plain and fitting and F > K and rule.momentum in ('none', 'first', 'nesterov')
+          and chosen == ('token', 'l2', 'init', 'mlp', 2, 'silu', True, K, jnp.bfloat16))
+
+
+def write_chunks(rule: Rule, start: Weights, memory: dict, tokens: Tokens, *, coefficients: Coefficients, fresh: jax.Array,
+                 flow: jax.Array | None = None, launch: Launch | None = None) -> tuple[dict, tuple]:
+  """(memory, (what the reads of every chunk need, (loss, norm) of its tokens)) after N chunks, whose arrays lead with N: `factors`,
+  `commit` and `prepare` one chunk after the other.
+
+  fresh [N, B]: the chunk starts from an empty memory; flow [N, B]: whether a gradient goes through the memory before the chunk.
+  `start` may have one row for all.
+  """
+  launch = launch or LAUNCH
+  Q, high, dtype = rule.levels, tokens.weight.dtype, rule.dtype
+  F = rule.network.widths[0][1]
+  block = min(F, launch.block)
+  plan = Plan(Q, F // block, block, rule.scale, dtype, jax.default_backend() != 'cpu')
+  sides = {f'{side}{q}': memory[name][q] for side, name in (('up', 'w_0'), ('down', 'w_1')) for q in range(Q)}
+  hold = 1 - fresh.astype(high)
+  given = {'key': tokens.key, 'value': tokens.value, 'weight': tokens.weight, 'push': coefficients.push, 'turn': coefficients.turn,
+           'hold': hold, 'flow': hold if flow is None else hold * flow}
+  first = {'init_up': start.fast['w_0'], 'init_down': start.fast['w_1'], 'init_gain': start.fast['gain']}
+  new, seen = _write((plan, launch), first, {**sides, 'gain': jnp.stack(memory['gain'], 2)}, given)
+  out = {name: tuple(new[f'{side}{q}'] for q in range(Q)) for side, name in (('up', 'w_0'), ('down', 'w_1'))}
+  out['gain'] = tuple(new['gain'][:, :, q] for q in range(Q))
+  ready = Prepared({'w_0': tokens.key.astype(dtype), 'w_1': seen['h']},
+                   {'w_0': (seen['seen_up'],), 'w_1': (seen['seen_down'], seen['d']), 'gain': (seen['gain'], seen['read'])})
+  return out, (ready, (seen['loss'], _norm(tokens, seen)))
+
+
+def _norm(tokens, seen):
+  """The norm of each token's gradient, without its weight."""
+  C = tokens.key.shape[3]
+  a = {'w_0': tokens.key.astype(tokens.weight.dtype), 'w_1': seen['h'], 'gain': seen['read']}
+  d = {'w_0': seen['seen_up'][..., -C:, :], 'w_1': seen['d'], 'gain': jnp.ones_like(seen['read'])}
+  norm = jnp.sqrt(jnp.maximum(squared_norms(a, d), 1e-24))
+  return norm / jnp.where(tokens.weight > 0, tokens.weight, 1)

@@ -1,0 +1,298 @@
+"""The Pallas kernels that write chunks into a neural memory M(x) = x + (1 + gain) (.) norm(silu(x W_up) W_down), and their gradients.
+
+A program takes one row, one head and one block of hidden channels, so that the tiles that it holds are small and the card is full.
+Hidden channels meet twice in a chunk: in the outputs of the network, and in the gradients of the errors. There a pass ends; what blocks
+then add up lies in `part`. All passes of a chunk rewrite the state in place, level by level. Refs come as dictionaries:
+
+    up, down by level; init_*: the learned start; key, value, weight, push, turn; hold: 0 where a document starts
+    seen_up [Q K + C, F]: levels, then d of w_0; seen_down [F, Q V]: levels side by side; gain [Q, V] before every chunk
+    hidden, out: the network before silu and before its norm; read: a (.) d of the gain; names with ct_: cotangents
+"""
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from memjax.ops.neural_nets import EPSILON
+from memjax.ops.pallas_chunk import dot, wide
+
+
+class Plan(NamedTuple):
+  """What is fixed while tracing: hidden channels come in `blocks` of `block`; loss = scale |error|^2, operands of products in `dtype`."""
+  levels: int
+  blocks: int
+  block: int
+  scale: float
+  dtype: Any
+  is_compiled: bool = True
+
+
+class Pass(NamedTuple):
+  """A kernel at work: its plan, what it reads, what it rewrites or makes."""
+  plan: Plan
+  refs: dict
+  out: dict
+
+
+def _fence(plan):
+  """Keeps the loads of what follows behind what came before: fewer registers."""
+  if plan.is_compiled: plgpu.debug_barrier()
+
+
+def _silu(z):
+  """(silu, its first, its second derivative)."""
+  s = 1 / (1 + jnp.exp(-z))
+  slope = s * (1 - s)
+  return z * s, s + z * slope, slope * (2 + z * (1 - 2 * s))
+
+
+def _held(hold, tile):
+  return jnp.where(hold > 0, tile, jnp.zeros_like(tile))
+
+
+def _tile(refs, name, at):
+  """A stacked array's tile, wide."""
+  x = refs[name][at]
+  return x.astype(wide(x.dtype))
+
+
+def _part(size, number):
+  return pl.ds(number * size, size)
+
+
+def _sum_of_parts(refs):
+  return functools.reduce(jnp.add, (refs['part'][g] for g in range(refs['part'].shape[0])))
+
+
+def _coefficients(plan, refs, n):
+  """(push by level, entries of turn that are not zero): weights follow their momentum, not the reverse."""
+  Q = plan.levels
+  return [refs['push'][n, p] for p in range(Q)], {(p, q): refs['turn'][n, p, q] for p in range(Q) for q in range(p, Q)}
+
+
+def _judge(plan, out, items):
+  """(d of w_1, a (.) d of the gain, loss) of tokens (key, value, weight, gain) from what the network gives before its norm."""
+  key, value, weight, gain = items
+  width = out.shape[1]
+  mean = lambda x: (jnp.sum(x, 1) / width)[:, None]
+  y = out - mean(out)
+  size = jax.lax.rsqrt(mean(y * y) + EPSILON)
+  unit = y * size
+  error = key + unit * (1 + gain)[None] - value
+  pull = error * (2 * plan.scale * weight)[:, None]
+  inner = pull * (1 + gain)[None]
+  return (inner - mean(inner) - unit * mean(inner * unit)) * size, unit * pull, plan.scale * jnp.sum(error * error, 1)
+
+
+def _items(refs, gains, n):
+  """What `_judge` looks at."""
+  gain = refs['init_gain'][...] + _held(refs['hold'][n], gains[n, 0])
+  return _tile(refs, 'key', n), _tile(refs, 'value', n), refs['weight'][n], gain
+
+
+def meet_kernel(plan, refs, out):
+  """Hidden channels of a block at the anchor, and their share of the outputs."""
+  n, dtype = refs['at'][0], plan.dtype
+  hold, key = refs['hold'][n], refs['key'][n].astype(dtype)
+  weights = lambda side: (refs[f'init_{side}'][...] + _held(hold, refs[f'{side}0'][...])).astype(dtype)
+  out['anchor'][...] = weights('down')
+  z = dot(key, weights('up'), dtype).astype(dtype)
+  out['hidden'][n] = z
+  h = _silu(z.astype(wide(dtype)))[0].astype(dtype)
+  out['h'][n] = h
+  out['part'][pl.program_id(0)] = dot(h, weights('down'), dtype)
+
+
+def judge_kernel(plan, refs, out):
+  """Errors and their gradients, and the gain after the chunk."""
+  n, dtype, Q, gain = refs['at'][0], plan.dtype, plan.levels, out['gain']
+  made = _sum_of_parts(refs).astype(dtype)
+  out['out'][n] = made
+  d, read, out['loss'][n] = _judge(plan, made.astype(wide(dtype)), _items(refs, gain, n))
+  out['d'][n], out['read'][n] = d.astype(dtype), read
+  push, turn = _coefficients(plan, refs, n)
+  old = [_held(refs['hold'][n], gain[n, q]) for q in range(Q)]
+  for q in range(Q): gain[n, q] = old[q]
+  for p in range(Q): gain[n + 1, p] = _turned(turn, p, old) - jnp.sum(push[p][:, None] * read, 0)
+
+
+def write_kernel(plan, refs, out):
+  """What reads see of the memory, and the memory after the chunk; programs of even number do w_0, the others w_1."""
+  n, dtype, Q = refs['at'][0], plan.dtype, plan.levels
+  d, (C, K), is_down, work = refs['d'][n], refs['key'].shape[1:], pl.program_id(0) % 2, Pass(plan, refs, out)
+
+  @pl.when(is_down == 0)
+  def _():
+    dh = dot(d, refs['anchor'][...], dtype, right=1).astype(dtype)
+    _, slope, _ = _silu(_tile(refs, 'hidden', n))
+    d_up = (dh.astype(slope.dtype) * slope).astype(dtype)
+    out['seen_up'][n, pl.ds(Q * K, C)] = d_up
+    _commit(work, 'up', factors=(refs['key'][n], d_up), parts=[(n, _part(K, q)) for q in range(Q)])
+
+  @pl.when(is_down == 1)
+  def _(): _commit(work, 'down', factors=(refs['h'][n], d), parts=[(n, slice(None), _part(d.shape[1], q)) for q in range(Q)])
+
+
+def _commit(work, side, *, factors, parts):
+  """Shows reads the levels of a side, each in its part, and turns them and pushes a^T d into them; the narrower factor is scaled."""
+  (plan, refs, out), (a, d), high = work, factors, wide(work.plan.dtype)
+  n = refs['at'][0]
+  push, turn = _coefficients(plan, refs, n)
+  for p in range(plan.levels):
+    scaled = (a, push[p][:, None] * d.astype(high)) if side == 'down' else (push[p][:, None] * a.astype(high), d)
+    new = -dot(*scaled, plan.dtype, left=0)
+    for q in range(p, plan.levels):
+      _fence(plan)
+      old = _held(refs['hold'][n], out[f'{side}{q}'][...])
+      if p == 0: out[f'seen_{side}'][parts[q]] = old.astype(plan.dtype)
+      new += turn[p, q] * old
+    _fence(plan)
+    out[f'{side}{p}'][...] = new
+
+
+def _turned(turn, row, old):
+  """A level after the chunk but for what it pushes."""
+  return functools.reduce(jnp.add, (turn[at] * old[at[1]] for at in sorted(turn) if at[0] == row))
+
+
+def _returned(turn, column, new):
+  """The cotangent of a level from those after the chunk."""
+  return functools.reduce(jnp.add, (turn[at] * new[at[0]] for at in sorted(turn) if at[1] == column))
+
+
+def push_back_kernel(plan, refs, out):
+  """Cotangents through what the chunk wrote: of the factors, of the momenta before it, of the coefficients. Programs of even number
+  do w_0, and from its factor d the step back to the error; the others w_1."""
+  n, g, dtype, Q = refs['at'][0], pl.program_id(0), plan.dtype, plan.levels
+  high, (C, K), V = wide(dtype), refs['key'].shape[1:], refs['d'].shape[2]
+  d_up, work = (n, pl.ds(Q * K, C)), Pass(plan, refs, out)
+
+  @pl.when(g % 2 == 0)
+  def _():
+    out['dkey_push'][n] = _back_to_a(work, 'up', refs['seen_up'][d_up]).astype(out['dkey_push'].dtype)
+    dup = _back_to_d(work, 'up', (refs['key'][n], refs['seen_up'][d_up]), number=g) + _tile(refs, 'ct_seen_up', d_up)
+    _fence(plan)
+    d, (_, slope, bend) = refs['d'][n], _silu(_tile(refs, 'hidden', n))
+    raised = (dup * slope).astype(dtype)
+    out['raised'][...] = raised
+    anchor = (refs['init_down'][...] + _tile(refs, 'seen_down', (n, slice(None), _part(V, 0)))).astype(dtype)
+    out['bent'][...] = (dup * dot(d, anchor, dtype, right=1).astype(dtype).astype(high) * bend).astype(dtype)
+    out['part'][g] = dot(raised, anchor, dtype)
+    _back_through_turn(work, 'up', parts=[(n, _part(K, q)) for q in range(Q)], number=g)
+
+  @pl.when(g % 2 == 1)
+  def _():
+    out['part'][g] = _back_to_d(work, 'down', (refs['h'][n], refs['d'][n]), number=g)
+    out['dh'][...] = (_back_to_a(work, 'down', refs['d'][n]) + _tile(refs, 'ct_h', n)).astype(dtype)
+    _back_through_turn(work, 'down', parts=[(n, slice(None), _part(V, q)) for q in range(Q)], number=g)
+
+
+def _back_to_a(work, side, d):
+  """The cotangent of the factor a through what was pushed into a side."""
+  (plan, refs, out), da = work, 0
+  push, _ = _coefficients(plan, refs, refs['at'][0])
+  for p in range(plan.levels):
+    _fence(plan)
+    da -= dot(push[p][:, None] * d.astype(wide(plan.dtype)), out[f'{side}{p}'][...], plan.dtype, right=1)
+  return da
+
+
+def _back_to_d(work, side, factors, *, number):
+  """The cotangent of the factor d; writes those of what factors are pushed by."""
+  (plan, refs, out), (a, d), dd = work, factors, 0
+  n = refs['at'][0]
+  push, _ = _coefficients(plan, refs, n)
+  for p in range(plan.levels):
+    _fence(plan)
+    across = dot(a, out[f'{side}{p}'][...], plan.dtype)
+    out['dpush'][n, number, p] = -jnp.sum(d.astype(across.dtype) * across, 1)
+    dd -= push[p][:, None] * across
+  return dd
+
+
+def _back_through_turn(work, side, *, parts, number):
+  """Writes the cotangents of the coefficients, and of the momenta before the chunk."""
+  plan, refs, out = work
+  _fence(plan)
+  n, g, new = refs['at'][0], number, [out[f'{side}{q}'][...] for q in range(plan.levels)]
+  _, turn = _coefficients(plan, refs, n)
+  for p, q in turn: out['dturn'][n, g, p, q] = jnp.sum(new[p] * _tile(refs, f'seen_{side}', parts[q]))
+  for q in range(1, plan.levels):
+    got = _returned(turn, q, new) + _tile(refs, f'ct_seen_{side}', parts[q])
+    _fence(plan)
+    out[f'{side}{q}'][...] = _held(refs['flow'][n], got)
+
+
+def judge_back_kernel(plan, refs, out):
+  """Cotangents through the errors: of the outputs of the network, of tokens, of the gain before the chunk."""
+  n, Q = refs['at'][0], plan.levels
+  push, turn = _coefficients(plan, refs, n)
+  new, old = [out['gain'][n + 1, q] for q in range(Q)], [refs['old_gain'][n, q] for q in range(Q)]
+  dread = refs['ct_read'][n] - functools.reduce(jnp.add, (push[p][:, None] * new[p][None] for p in range(Q)))
+  dd = _sum_of_parts(refs) + _tile(refs, 'ct_d', n)
+  items = _items(refs, refs['old_gain'], n)
+  read, dout, derror, dweight, dgain = _judge_back(plan, _tile(refs, 'out', n), items, cotangents=(dd, dread, refs['ct_loss'][n]))
+  out['dout'][...] = dout.astype(plan.dtype)
+  for name, x in (('dkey', derror), ('dvalue', -derror), ('dweight', dweight), ('dgain', dgain)): out[name][n] = x.astype(out[name].dtype)
+  for q in range(Q):
+    got = _returned(turn, q, new) + refs['ct_gain'][n, q]
+    out['gain'][n, q] = _held(refs['flow'][n], got + dgain if q == 0 else got)
+    out['gpush'][n, q] = -jnp.sum(read * new[q][None], 1)
+  for at in turn: out['gturn'][n, at[0], at[1]] = jnp.sum(new[at[0]] * old[at[1]])
+
+
+def _judge_back(plan, out, items, *, cotangents):
+  """(a (.) d of the gain, cotangents of out, of the error, of weight, of gain) through `_judge`."""
+  (key, value, weight, gain), (dd, dread, dloss) = items, cotangents
+  mean = lambda x: (jnp.sum(x, 1) / out.shape[1])[:, None]
+  y = out - mean(out)
+  size = jax.lax.rsqrt(mean(y * y) + EPSILON)
+  unit, rate, gain = y * size, (2 * plan.scale * weight)[:, None], (1 + gain)[None]
+  error = key + unit * gain - value
+  pull = rate * error
+  inner = pull * gain
+  of_d = dd * size
+  common = mean(of_d * unit)
+  dinner = of_d - mean(of_d) - unit * common
+  dpull = dread * unit + dinner * gain
+  derror = rate * dpull + (2 * plan.scale * dloss)[:, None] * error
+  tilt = mean(inner * unit)
+  dunit = dread * pull - of_d * tilt - inner * common + derror * gain
+  dgain = jnp.sum(dinner * pull + derror * unit, 0)
+  stretch = mean(of_d * (inner - mean(inner) - unit * tilt) + dunit * unit)
+  dy = size * (dunit - stretch * unit)
+  return unit * pull, dy - mean(dy), derror, 2 * plan.scale * jnp.sum(dpull * error, 1), dgain
+
+
+def find_back_kernel(plan, refs, out):
+  """Cotangents through how the chunk's gradients were found: of keys, of the learned start and of the weights before the chunk. Programs
+  of even number do w_0, the others w_1."""
+  n, dtype, high = refs['at'][0], plan.dtype, wide(plan.dtype)
+  dout, K, is_down = refs['dout'][...], refs['key'].shape[2], pl.program_id(0) % 2
+  up, down = (n, _part(K, 0)), (n, slice(None), _part(dout.shape[1], 0))
+  anchor = lambda side, at: (refs[f'init_{side}'][...] + refs[f'seen_{side}'][at].astype(high)).astype(dtype)
+  work = Pass(plan, refs, out)
+
+  @pl.when(is_down == 0)
+  def _():
+    dh = refs['dh'][...].astype(high) + dot(dout, anchor('down', down), dtype, right=1)
+    dhidden = (refs['bent'][...].astype(high) + dh * _silu(_tile(refs, 'hidden', n))[1]).astype(dtype)
+    out['dkey_find'][n] = dot(dhidden, anchor('up', up), dtype, right=1).astype(out['dkey_find'].dtype)
+    _fence(plan)
+    _back_to_anchor(work, 'up', up, dot(refs['key'][n], dhidden, dtype, left=0))
+
+  @pl.when(is_down == 1)
+  def _():
+    cotangent = dot(refs['h'][n], dout, dtype, left=0) + dot(refs['raised'][...], refs['d'][n], dtype, left=0)
+    _back_to_anchor(work, 'down', down, cotangent)
+
+
+def _back_to_anchor(work, side, at, cotangent):
+  """Writes the cotangents of the learned start, and of the weights before the chunk."""
+  (_, refs, out), n, name = work, at[0], f'{side}0'
+  out[f'd{side}'][n] = cotangent.astype(out[f'd{side}'].dtype)
+  got = refs['turn'][n, 0, 0] * out[name][...] + _tile(refs, f'ct_seen_{side}', at) + cotangent
+  out[name][...] = _held(refs['flow'][n], got)
