@@ -33,6 +33,13 @@ class AttentionInputs:
   v_BxLxGxK: jax.Array
 
 
+def is_whole(state: AttentionState, mask_BxL: jax.Array | None, segment_BxL: jax.Array) -> jax.Array:
+  """Whether each row is one text that starts with it, padded at its end if at all: then a causal mask says what a query sees."""
+  whole = jnp.all(segment_BxL == segment_BxL[:, :1])
+  if state.k_BxGxMxK.shape[2]: whole &= jnp.all((state.count_B == 0) | (segment_BxL[:, 0] > 0))
+  return whole if mask_BxL is None else whole & jnp.all(mask_BxL[:, :-1] | ~mask_BxL[:, 1:])
+
+
 class Attention(Memory):
   """Causal attention with H query and G key heads. `max_len=0` is one parallel call from empty; otherwise the ring holds max_len.
 
@@ -129,7 +136,7 @@ class Attention(Memory):
     def reference(inputs): return self._seen(state, inputs, wrote_BxL, segment_BxL=segment_BxL, dense=dense)
     def fast(inputs): return flash(inputs.q_BxLxHxK, inputs.k_BxLxGxK, inputs.v_BxLxGxK, window=state.k_BxGxMxK.shape[2])
     if write_mask_BxL is None and is_flash(self.config.backend, inputs.q_BxLxHxK, persistent=self.config.persistent):
-      whole = self._is_whole(state, mask_BxL, segment_BxL)
+      whole = is_whole(state, mask_BxL, segment_BxL)
       if self.config.backend == 'cudnn_rows': y = fast(inputs.replace(q_BxLxHxK=jnp.where(whole, inputs.q_BxLxHxK, jnp.nan)))
       # Both branches leave what the gradient needs of either; recomputed, the scores of the reference are not among it.
       else: y = jax.lax.cond(whole, fast, jax.checkpoint(reference), inputs)
@@ -137,12 +144,6 @@ class Attention(Memory):
     y_BxLxE = y.reshape(B, L, -1)
     if mask_BxL is not None: y_BxLxE = jnp.where(mask_BxL[..., None], y_BxLxE, 0)
     return self._store(state, inputs, wrote_BxL, segment_BxL), y_BxLxE
-
-  def _is_whole(self, state, mask_BxL, segment_BxL):
-    """Whether each row is one text that starts with it, padded at its end if at all: then a causal mask says what a query sees."""
-    whole = jnp.all(segment_BxL == segment_BxL[:, :1])
-    if state.k_BxGxMxK.shape[2]: whole &= jnp.all((state.count_B == 0) | (segment_BxL[:, 0] > 0))
-    return whole if mask_BxL is None else whole & jnp.all(mask_BxL[:, :-1] | ~mask_BxL[:, 1:])
 
   def _seen(self, state, inputs, wrote_BxL, *, segment_BxL, dense):
     """Reads [B, L, H, K] of all queries, whatever the ring holds and wherever documents start."""
