@@ -7,6 +7,7 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks import report
@@ -196,6 +197,21 @@ def test_scores_of_the_readme_are_those_measured():
   layers = {(row['row'], row['L']): f'{row["times_attention"]:.2f}x' for row in measured('holographic-h200')['layers']}
   found = re.findall(r'\d\.\d\dx', text)
   assert found == [layers['layer: holographic S=K', length] for length in (2048, 8192, 32768)]
+
+
+def test_memories_learning_at_test_time_score_as_the_readme_says():
+  text = ' '.join(re.search(r'Trained on rows of 256 tokens.*?\n\n', README, re.S)[0].split())
+  at = {(r['model'], t['length'] // 256): f'{t["accuracy"]:.2f}'.lstrip('0') for r in measured('needle-h200')['rows'] for t in r['tests']
+        if t['test_time'] == 'on'}
+  models = ('window + linear exact', 'MAC, input', 'MAL', 'LMM', 'MAG', 'attention', 'window')
+  needles, scores = text.partition('On text')[::2]
+  found = re.findall(r'\.\d\d', needles)
+  assert found == [*(at[model, 4] for model in models), at[models[0], 64], at[models[1], 64], at['MAC', 4]]
+  rows = [{r['model']: r for r in measured(f'titans-{name}-h200')['rows']} for name in ('sotu', 'wikitext2')]
+  bits = [f'{r[model]["bits_per_byte"]:.2f}' for model in ('window', 'window + linear exact', 'window + holographic', 'MAC') for r in rows]
+  worth = [(np.mean(r[model]['test_nll']['frozen']) - np.mean(r[model]['test_nll']['carried'])) / np.log(2) for r in rows
+           for model in ('MAC', 'MAC, input', 'MAG', 'MAL')]
+  assert re.findall(r'\d?\.\d\d', scores) == [*bits, f'{max(worth):.2f}'.lstrip('0')]
 
 
 def test_page_of_numbers_is_up_to_date():
