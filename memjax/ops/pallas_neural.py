@@ -42,25 +42,26 @@ class Arrays(NamedTuple):
 LAUNCH = Launch()
 TOKENS = ('at', 'key', 'value', 'weight', 'push', 'turn')
 FORWARD = {
-  'meet_kernel': Arrays(('at', 'hold', 'key', 'init_up', 'init_down', 'up0', 'down0'), ('hidden', 'h'), ('part', 'anchor'), 1),
+  'meet_kernel': Arrays(('at', 'hold', 'key', 'init_up', 'init_down', 'up0', 'down0'), ('h', 'slope', 'bend'), ('part', 'anchor'), 1),
   'judge_kernel': Arrays((*TOKENS, 'hold', 'init_gain', 'part'), ('gain', 'out', 'd', 'read', 'loss'), programs=0),
-  'write_kernel': Arrays(('at', 'hold', 'key', 'push', 'turn', 'anchor', 'hidden', 'h', 'd'), ('up', 'down', 'seen_up', 'seen_down'))}
+  'write_kernel': Arrays(('at', 'hold', 'key', 'push', 'turn', 'anchor', 'slope', 'h', 'd'), ('up', 'down', 'seen_up', 'seen_down'))}
 BACKWARD = {
   'push_back_kernel': Arrays(
-      ('at', 'flow', 'key', 'push', 'turn', 'init_down', 'hidden', 'h', 'seen_up', 'seen_down', 'd', 'ct_h', 'ct_seen_up', 'ct_seen_down'),
+      ('at', 'flow', 'key', 'push', 'turn', 'init_down', 'h', 'slope', 'bend', 'seen_up', 'seen_down', 'd', 'ct_h', 'ct_seen_up',
+       'ct_seen_down'),
       ('up', 'down', 'dpush', 'dturn', 'dkey_push'), ('dh', 'bent', 'raised', 'part')),
   'judge_back_kernel': Arrays(
       (*TOKENS, 'hold', 'flow', 'init_gain', 'part', 'out', 'old_gain', 'ct_d', 'ct_read', 'ct_loss', 'ct_gain'),
       ('gain', 'dkey', 'dvalue', 'dweight', 'dgain', 'gpush', 'gturn'), ('dout',), 0),
   'find_back_kernel': Arrays(
-      ('at', 'flow', 'key', 'turn', 'init_up', 'init_down', 'hidden', 'h', 'seen_up', 'seen_down', 'd', 'ct_seen_up', 'ct_seen_down', 'dh',
+      ('at', 'flow', 'key', 'turn', 'init_up', 'init_down', 'h', 'slope', 'seen_up', 'seen_down', 'd', 'ct_seen_up', 'ct_seen_down', 'dh',
        'bent', 'raised', 'dout'), ('up0', 'down0', 'dup', 'ddown', 'dkey_find'))}
 # Axes of arrays: N chunks, B rows, H heads, f hidden channels of a program, G all programs of a head, g one of them; the rest is whole.
 AXES = {axes: names.split() for axes, names in {
   'A': 'at', 'NB': 'hold flow', 'NBHCK': 'key dkey', 'NBHCV': 'value d out read dvalue', 'NBHC': 'weight loss dweight',
   'NBHQC': 'push gpush', 'NBHQP': 'turn gturn',
   'BHKf': 'init_up up0 up1', 'BHfV': 'init_down down0 down1 anchor', 'BHV': 'init_gain', 'NBHQV': 'gain old_gain',
-  'NBHCf': 'hidden h', 'NBHRf': 'seen_up', 'NBHfW': 'seen_down', 'BHGCV': 'part', 'BHCV': 'dout', 'BHCf': 'dh bent raised',
+  'NBHCf': 'h slope bend', 'NBHRf': 'seen_up', 'NBHfW': 'seen_down', 'BHGCV': 'part', 'BHCV': 'dout', 'BHCf': 'dh bent raised',
   'NBHGQC': 'dpush', 'NBHGQP': 'dturn', 'NBHV': 'dgain', 'NBHKf': 'dup', 'NBHfV': 'ddown', 'NBHgCK': 'dkey_push dkey_find'}.items()}
 AXES = {name: axes for axes, names in AXES.items() for name in names}
 
@@ -76,7 +77,7 @@ def _spec(plan, name, shape, programs):
 
 def _made(plan, name, arrays, programs):
   """The shape of an array that one kernel hands to another."""
-  (B, H, C, F), V = arrays['hidden'].shape[1:], arrays['d'].shape[-1]
+  (B, H, C, F), V = arrays['h'].shape[1:], arrays['d'].shape[-1]
   shape = {'part': (programs * plan.blocks, C, V), 'dout': (C, V), 'anchor': (F, V)}.get(name, (C, F))
   return jax.ShapeDtypeStruct((B, H, *shape), wide(plan.dtype) if name == 'part' else plan.dtype)
 
@@ -131,13 +132,13 @@ def _write_forward(static, start, memory, tokens):
   plan, high = static[0], tokens['weight'].dtype
   (N, B, H, C, K), F, Q, V = tokens['key'].shape, plan.blocks * plan.block, plan.levels, tokens['value'].shape[-1]
   empty = lambda dtype, *shape: jax.lax.empty((N, B, H, *shape), dtype)
-  shapes = {'hidden': (C, F), 'h': (C, F), 'seen_up': (Q * K + C, F), 'seen_down': (F, Q * V), 'd': (C, V), 'out': (C, V)}
+  shapes = {**dict.fromkeys(('h', 'slope', 'bend'), (C, F)), 'seen_up': (Q * K + C, F), 'seen_down': (F, Q * V), 'd': (C, V), 'out': (C, V)}
   carry = {name: empty(plan.dtype, *shape) for name, shape in shapes.items()}
   carry |= {**memory, 'gain': _gain_stack(N, memory['gain'], 0), 'read': empty(high, C, V), 'loss': empty(high, C)}
   out = _over_chunks(static, FORWARD, {**tokens, **start}, carry)
   new = {**_select(out, *_levels(plan)), 'gain': out['gain'][-1]}
   seen = {**_select(out, 'h', 'seen_up', 'seen_down', 'd', 'read', 'loss'), 'gain': out['gain'][:-1]}
-  return (new, seen), (start, tokens, _select(out, 'hidden', 'h', 'seen_up', 'seen_down', 'd', 'out', 'gain'))
+  return (new, seen), (start, tokens, _select(out, 'h', 'slope', 'bend', 'seen_up', 'seen_down', 'd', 'out', 'gain'))
 
 
 def _write_backward(static, saved, cotangents):

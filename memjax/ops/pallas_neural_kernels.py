@@ -6,7 +6,7 @@ then add up lies in `part`. All passes of a chunk rewrite the state in place, le
 
     up, down by level; init_*: the learned start; key, value, weight, push, turn; hold: 0 where a document starts
     seen_up [Q K + C, F]: levels, then d of w_0; seen_down [F, Q V]: levels side by side; gain [Q, V] before every chunk
-    hidden, out: the network before silu and before its norm; read: a (.) d of the gain; names with ct_: cotangents
+    h, slope, bend: silu of the hidden channels, its derivatives; out: before the norm; read: a (.) d of the gain; ct_*: cotangents
 """
 import functools
 from typing import Any, NamedTuple
@@ -44,9 +44,14 @@ def _fence(plan):
 
 def _silu(z):
   """(silu, its first, its second derivative)."""
-  s = 1 / (1 + jnp.exp(-z))
+  s = 1 / (1 + jnp.exp2(z * -1.4426950408889634))             # to base 2: one instruction raises it
   slope = s * (1 - s)
   return z * s, s + z * slope, slope * (2 + z * (1 - 2 * s))
+
+
+def _rounded(x, dtype, scale):
+  """x, rounded as the layer that gave it rounds, times `scale`."""
+  return (x.astype(dtype).astype(scale.dtype) * scale).astype(dtype)
 
 
 def _held(hold, tile):
@@ -99,11 +104,10 @@ def meet_kernel(plan, refs, out):
   hold, key = refs['hold'][n], refs['key'][n].astype(dtype)
   weights = lambda side: (refs[f'init_{side}'][...] + _held(hold, refs[f'{side}0'][...])).astype(dtype)
   out['anchor'][...] = weights('down')
-  z = dot(key, weights('up'), dtype).astype(dtype)
-  out['hidden'][n] = z
-  h = _silu(z.astype(wide(dtype)))[0].astype(dtype)
-  out['h'][n] = h
-  out['part'][pl.program_id(0)] = dot(h, weights('down'), dtype)
+  z = dot(key, weights('up'), dtype).astype(dtype).astype(wide(dtype))
+  for name, x in zip(('h', 'slope', 'bend'), _silu(z), strict=True): out[name][n] = x.astype(dtype)
+  _fence(plan)
+  out['part'][pl.program_id(0)] = dot(out['h'][n], out['anchor'][...], dtype)
 
 
 def judge_kernel(plan, refs, out):
@@ -122,28 +126,27 @@ def judge_kernel(plan, refs, out):
 def write_kernel(plan, refs, out):
   """What reads see of the memory, and the memory after the chunk; programs of even number do w_0, the others w_1."""
   n, dtype, Q = refs['at'][0], plan.dtype, plan.levels
-  d, (C, K), is_down, work = refs['d'][n], refs['key'].shape[1:], pl.program_id(0) % 2, Pass(plan, refs, out)
+  (C, K), is_down, work = refs['key'].shape[1:], pl.program_id(0) % 2, Pass(plan, refs, out)
 
   @pl.when(is_down == 0)
   def _():
-    dh = dot(d, refs['anchor'][...], dtype, right=1).astype(dtype)
-    _, slope, _ = _silu(_tile(refs, 'hidden', n))
-    d_up = (dh.astype(slope.dtype) * slope).astype(dtype)
-    out['seen_up'][n, pl.ds(Q * K, C)] = d_up
-    _commit(work, 'up', factors=(refs['key'][n], d_up), parts=[(n, _part(K, q)) for q in range(Q)])
+    rows = (n, pl.ds(Q * K, C))
+    out['seen_up'][rows] = _rounded(dot(refs['d'][n], refs['anchor'][...], dtype, right=1), dtype, _tile(refs, 'slope', n))
+    _commit(work, 'up', factors=(('key', n), ('seen_up', rows)), parts=[(n, _part(K, q)) for q in range(Q)])
 
   @pl.when(is_down == 1)
-  def _(): _commit(work, 'down', factors=(refs['h'][n], d), parts=[(n, slice(None), _part(d.shape[1], q)) for q in range(Q)])
+  def _(): _commit(work, 'down', factors=(('h', n), ('d', n)), parts=[(n, slice(None), _part(refs['d'].shape[2], q)) for q in range(Q)])
 
 
 def _commit(work, side, *, factors, parts):
   """Shows reads the levels of a side, each in its part, and turns them and pushes a^T d into them; the narrower factor is scaled."""
-  (plan, refs, out), (a, d), high = work, factors, wide(work.plan.dtype)
-  n = refs['at'][0]
+  (plan, refs, out), high = work, wide(work.plan.dtype)
+  n, arrays = refs['at'][0], {**refs, **out}
   push, turn = _coefficients(plan, refs, n)
   for p in range(plan.levels):
-    scaled = (a, push[p][:, None] * d.astype(high)) if side == 'down' else (push[p][:, None] * a.astype(high), d)
-    new = -dot(*scaled, plan.dtype, left=0)
+    _fence(plan)
+    a, d = (arrays[name][at].astype(high) for name, at in factors)
+    new = -dot(a, push[p][:, None] * d, plan.dtype, left=0) if side == 'down' else -dot(push[p][:, None] * a, d, plan.dtype, left=0)
     for q in range(p, plan.levels):
       _fence(plan)
       old = _held(refs['hold'][n], out[f'{side}{q}'][...])
@@ -167,48 +170,49 @@ def push_back_kernel(plan, refs, out):
   """Cotangents through what the chunk wrote: of the factors, of the momenta before it, of the coefficients. Programs of even number
   do w_0, and from its factor d the step back to the error; the others w_1."""
   n, g, dtype, Q = refs['at'][0], pl.program_id(0), plan.dtype, plan.levels
-  high, (C, K), V = wide(dtype), refs['key'].shape[1:], refs['d'].shape[2]
+  (C, K), V = refs['key'].shape[1:], refs['d'].shape[2]
   d_up, work = (n, pl.ds(Q * K, C)), Pass(plan, refs, out)
 
   @pl.when(g % 2 == 0)
   def _():
-    out['dkey_push'][n] = _back_to_a(work, 'up', refs['seen_up'][d_up]).astype(out['dkey_push'].dtype)
-    dup = _back_to_d(work, 'up', (refs['key'][n], refs['seen_up'][d_up]), number=g) + _tile(refs, 'ct_seen_up', d_up)
+    out['dkey_push'][n] = _back_to_a(work, 'up', ('seen_up', d_up)).astype(out['dkey_push'].dtype)
+    dup = _back_to_d(work, 'up', (('key', n), ('seen_up', d_up)), number=g) + _tile(refs, 'ct_seen_up', d_up)
     _fence(plan)
-    d, (_, slope, bend) = refs['d'][n], _silu(_tile(refs, 'hidden', n))
-    raised = (dup * slope).astype(dtype)
+    raised = (dup * _tile(refs, 'slope', n)).astype(dtype)
     out['raised'][...] = raised
     anchor = (refs['init_down'][...] + _tile(refs, 'seen_down', (n, slice(None), _part(V, 0)))).astype(dtype)
-    out['bent'][...] = (dup * dot(d, anchor, dtype, right=1).astype(dtype).astype(high) * bend).astype(dtype)
     out['part'][g] = dot(raised, anchor, dtype)
+    dup *= _tile(refs, 'bend', n)
+    out['bent'][...] = _rounded(dot(refs['d'][n], anchor, dtype, right=1), dtype, dup)
     _back_through_turn(work, 'up', parts=[(n, _part(K, q)) for q in range(Q)], number=g)
 
   @pl.when(g % 2 == 1)
   def _():
-    out['part'][g] = _back_to_d(work, 'down', (refs['h'][n], refs['d'][n]), number=g)
-    out['dh'][...] = (_back_to_a(work, 'down', refs['d'][n]) + _tile(refs, 'ct_h', n)).astype(dtype)
+    out['part'][g] = _back_to_d(work, 'down', (('h', n), ('d', n)), number=g)
+    out['dh'][...] = (_back_to_a(work, 'down', ('d', n)) + _tile(refs, 'ct_h', n)).astype(dtype)
     _back_through_turn(work, 'down', parts=[(n, slice(None), _part(V, q)) for q in range(Q)], number=g)
 
 
-def _back_to_a(work, side, d):
-  """The cotangent of the factor a through what was pushed into a side."""
+def _back_to_a(work, side, factor):
+  """The cotangent of the factor a through what was pushed into a side, from where the factor d is."""
   (plan, refs, out), da = work, 0
   push, _ = _coefficients(plan, refs, refs['at'][0])
   for p in range(plan.levels):
     _fence(plan)
-    da -= dot(push[p][:, None] * d.astype(wide(plan.dtype)), out[f'{side}{p}'][...], plan.dtype, right=1)
+    da -= dot(push[p][:, None] * _tile(refs, *factor), out[f'{side}{p}'][...], plan.dtype, right=1)
   return da
 
 
 def _back_to_d(work, side, factors, *, number):
-  """The cotangent of the factor d; writes those of what factors are pushed by."""
+  """The cotangent of the factor d; writes those of what factors (where they are) are pushed by."""
   (plan, refs, out), (a, d), dd = work, factors, 0
   n = refs['at'][0]
   push, _ = _coefficients(plan, refs, n)
   for p in range(plan.levels):
     _fence(plan)
-    across = dot(a, out[f'{side}{p}'][...], plan.dtype)
-    out['dpush'][n, number, p] = -jnp.sum(d.astype(across.dtype) * across, 1)
+    across = dot(_tile(refs, *a), out[f'{side}{p}'][...], plan.dtype)
+    _fence(plan)
+    out['dpush'][n, number, p] = -jnp.sum(_tile(refs, *d) * across, 1)
     dd -= push[p][:, None] * across
   return dd
 
@@ -279,7 +283,7 @@ def find_back_kernel(plan, refs, out):
   @pl.when(is_down == 0)
   def _():
     dh = refs['dh'][...].astype(high) + dot(dout, anchor('down', down), dtype, right=1)
-    dhidden = (refs['bent'][...].astype(high) + dh * _silu(_tile(refs, 'hidden', n))[1]).astype(dtype)
+    dhidden = (refs['bent'][...].astype(high) + dh * _tile(refs, 'slope', n)).astype(dtype)
     out['dkey_find'][n] = dot(dhidden, anchor('up', up), dtype, right=1).astype(out['dkey_find'].dtype)
     _fence(plan)
     _back_to_anchor(work, 'up', up, dot(refs['key'][n], dhidden, dtype, left=0))
