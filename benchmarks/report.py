@@ -17,6 +17,7 @@ from benchmarks import (
   report_context,
   report_figures,
   report_hosts,
+  report_hybrid,
   report_kernels,
   report_neural,
   report_scaling,
@@ -124,7 +125,7 @@ def decode(result: dict[str, Any]) -> list[str]:
   shown = table(rows, {
       'layers': 'layers', 'context': 'context', 'row': 'row', 'tokens/s': 'tokens_per_second', 'µs a token': 'us_per_token',
       'state bytes': 'state_bytes', 'times the faster attention': times})
-  return [f'Batch 1, width {result["width"]}.', *shown, *goals(result['targets'])]
+  return [f'Batch {result.get("batch", 1)}, width {result["width"]}.', *shown, *goals(result['targets'])]
 
 
 def capacity(result: dict[str, Any]) -> list[str]:
@@ -219,6 +220,16 @@ def scaling(result: dict[str, Any]) -> list[str]:
   return report_scaling.scaling(result, table, cell) + goals(result['targets'])
 
 
+def hybrid(result: dict[str, Any]) -> list[str]:
+  """Training steps of the hybrid beside attention."""
+  return report_hybrid.hybrid(result, table) + goals(result['targets'])
+
+
+def flash(result: dict[str, Any]) -> list[str]:
+  """Attention through cuDNN beside XLA."""
+  return report_hybrid.flash(result, table, cell)
+
+
 def kernels(result: dict[str, Any]) -> list[str]:
   """Fused kernels by their block sizes."""
   return report_kernels.kernels(result, table)
@@ -226,7 +237,7 @@ def kernels(result: dict[str, Any]) -> list[str]:
 
 CAPTIONS = {**report_text.CAPTIONS, **report_neural.CAPTIONS, **report_banks.CAPTIONS, **report_hosts.CAPTIONS, **report_context.CAPTIONS}
 ABOUT = {**report_text.ABOUT, **report_banks.ABOUT, **report_hosts.ABOUT, **report_neural.ABOUT, **report_context.ABOUT,
-         **report_scaling.ABOUT, **report_kernels.ABOUT}
+         **report_scaling.ABOUT, **report_kernels.ABOUT, **report_hybrid.ABOUT}
 READINGS = {**report_text.READINGS, **report_banks.READINGS, **report_hosts.READINGS, **report_neural.READINGS,
             **report_context.READINGS}
 SECTIONS = (                                # title, benchmark, key that must hold something, body, figure
@@ -240,6 +251,7 @@ SECTIONS = (                                # title, benchmark, key that must ho
   ('Needles', 'needle', 'rows', needle, 'needle'), ('Learning at test time', 'titans', 'rows', titans, 'titans'),
   ('Long stream', 'longstream', 'rows', longstream, ''),
   ('Long context', 'context', 'width', context, 'context'),
+  ('Training step', 'hybrid', 'rows', hybrid, ''), ('Flash attention', 'flash', 'rows', flash, ''),
   ('Scaling', 'scaling', 'rows', scaling, ''), ('Resume', 'resume', 'kills', resume, ''))
 
 

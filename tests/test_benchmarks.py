@@ -13,7 +13,10 @@ from benchmarks import (
   common,
   decode,
   decode_host,
+  flash,
   holographic,
+  hybrid,
+  kernel_times,
   kernels,
   language,
   language_models,
@@ -138,6 +141,62 @@ def test_targets_take_the_faster_peer():
   rows = [{**row, 'prefill_ms': 100.0 if row['row'] == 'memjax' else 50.0} for row in rows]
   values = [target['value'] for target in decode_host.targets(rows[:3], 1.0, tokens=3)]
   assert values == pytest.approx([1.5, (0.05 + 3 / 20) / (0.1 + 3 / 30)])
+
+
+@pytest.mark.slow
+def test_decode_in_batches(tmp_path):
+  path = tmp_path / 'd.json'
+  rows = 'holographic;attention, plain cache;attention'
+  decode.main(['--contexts', '32', '--layers', '1', '--tokens', '4', '--repeats', '1', '--width', '32', '--batch', '3', '--rows', rows,
+               '--output', str(path)])
+  saved = check(path, 'decode')
+  assert saved['batch'] == 3 and {row['row']: row['state_bytes'] for row in saved['rows']}['attention, plain cache'] == 3 * 2 * 32 * 32 * 4
+  assert saved['targets'][0]['target'] == 10 and 'Batch 3' in report.decode(saved)[0]
+
+
+def test_plain_cache_is_attention():
+  """Rows of a batch against the written part of a cache, as the library attends."""
+  keys, values = (np.random.default_rng(n).standard_normal((2, 3, 4, 8), np.float32) for n in (0, 1))
+  q, k, v = np.random.default_rng(2).standard_normal((3, 2, 3, 4), np.float32)
+  y, (new, _) = decode.plain_attend(q, k, v, (keys, values), jax.numpy.full((2,), 5))
+  seen, stored = (np.concatenate([a[..., :5], b[..., None]], 3) for a, b in ((keys, k), (values, v)))
+  logits = np.einsum('bhk,bhkm->bhm', q, seen) / 2
+  weight = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+  np.testing.assert_allclose(y, np.einsum('bhm,bhkm->bhk', weight, stored), rtol=1e-5, atol=1e-5)
+  assert np.array_equal(new[..., 5], k) and np.array_equal(new[..., 6:], keys[..., 6:])
+
+
+@pytest.mark.slow
+def test_flash(tmp_path):
+  path = tmp_path / 'f.json'
+  flash.main(['--small', '--repeats', '1', '--output', str(path)])
+  saved = check(path, 'flash')
+  assert all(value < 0.01 for row in saved['checks'] for name in ('cudnn', 'xla') for value in row[name].values())
+  assert len(report.flash(saved)) > len(saved['rows'])
+
+
+@pytest.mark.slow
+def test_hybrid(tmp_path):
+  path = tmp_path / 'y.json'
+  hybrid.main(['--small', '--profile', '--output', str(path)])
+  saved = check(path, 'hybrid')
+  assert {row['model'] for row in saved['rows']} == {'hybrid', 'attention'} and all(0 < row['loss'] < 9 for row in saved['rows'])
+  assert report.hybrid(saved)
+
+
+def test_jobs_and_targets_of_the_hybrid():
+  assert hybrid.job('hybrid:2x32') == ('hybrid', 2, 32, ()) and hybrid.job('attention:1x8:a=1:b=2').overrides == ('a=1', 'b=2')
+  row = lambda model, length, speed: {'model': model, 'length': length, 'tokens_per_second': speed, 'mfu': speed / 1000}
+  rows = [row('hybrid', 4096, 300.0), row('hybrid', 4096, 450.0), row('attention', 4096, 400.0), row('hybrid', 32768, 90.0)]
+  assert [target['value'] for target in hybrid.targets(rows)] == [0.45, 1.125, None]
+
+
+def test_kernels_are_summed_by_part_and_kind():
+  scopes = {'loop_add_fusion_3': 'jit(step)/jvp(Decoder)/repeats/layer_0/mlp/mul', 'gemm_1': 'jit(step)/mixers/slots/dot'}
+  rows = [('loop_add_fusion_3', {'hlo_op': 'command_buffer_1'}, 4.0), ('nvjet_x', {'hlo_op': 'gemm.1'}, 2.0), ('memcpy128', {}, 1.0)]
+  found = kernel_times.summarise(rows, scopes, 2)
+  assert found['parts'] == {'feed-forward': 2.0, 'holographic': 1.0, 'unknown': 0.5} and found['ms'] == 3.5
+  assert found['kinds'] == {'elementwise': 2.0, 'matmul': 1.0, 'copy': 0.5} and found['kernels'][0]['calls'] == 0.5
 
 
 @pytest.mark.slow

@@ -1,0 +1,40 @@
+"""The sections of docs/numbers.md on the training step of a hybrid and on flash attention."""
+from typing import Any
+
+ABOUT = {
+  'Training step': 'Whole training steps of the shipped 150M configs on one device (`benchmarks/hybrid.py`): gradient, AdamW and the guard '
+                   'against NaN, donated, without reading data; each row is one text of random tokens. MFU is by the counter that fills '
+                   'metrics.jsonl: three forward passes over the peak of the device, attention counted without its causal mask and '
+                   'windows as the two blocks that XLA computes. "of matrices" counts the products with parameters alone, twice their '
+                   'number a token and pass.',
+  'Flash attention': 'Causal attention of 1024 channels through cuDNN and in XLA, forward + backward (`benchmarks/flash.py`), and how far '
+                     'both are, in bfloat16, from XLA in float32 (root mean square over that of the exact value; reads and gradients).',
+}
+
+
+def hybrid(result: dict[str, Any], table) -> list[str]:
+  """A row for each model and length; what a profile says of the hybrid."""
+  rows, names = result['rows'], {}
+  for row in rows: names[row['model']] = row['parameters']
+  lines = [', '.join(f'{model}: {count:,} parameters' for model, count in names.items()) + '.']
+  lines += table(rows, {
+      'model': 'model', 'changed': lambda r: ', '.join(r['overrides']).replace('model.', '') or None, 'rows': 'rows',
+      'tokens a row': 'length', 'ms a step': 'ms', 'tokens/s': 'tokens_per_second', 'MFU': 'mfu', 'of matrices': 'mfu_matrices',
+      'GiB held': 'peak_gib', 'compiled in s': 'compile_s'})
+  for row in rows:
+    if 'profile' not in row: continue
+    found = row['profile']
+    lines += [f'Kernels of one step of {row["model"]} at {row["length"]:,} tokens, {found["ms"]:.0f} ms in all, by kind and by part of the '
+              'model (matrix products are not told apart by part):']
+    lines += table([{'name': f'{what}: {name}', 'ms': ms} for what in ('kinds', 'parts') for name, ms in found[what].items() if ms >= 0.05],
+                   {'': 'name', 'ms': 'ms'})
+  return lines
+
+
+def flash(result: dict[str, Any], table, cell) -> list[str]:
+  """Times, then differences."""
+  lines = table(result['rows'], {'attention': 'row', 'ms': 'ms', 'temporaries, MiB': 'temporary_mib'})
+  far = lambda name: lambda row: ', '.join(cell(value, 2) for value in row[name].values())
+  shape = lambda row: ' x '.join(map(str, row['shape'])) + (f', window {row["window"]}' if row['window'] else ', full')
+  return lines + table(result['checks'], {'B x L x H x K': shape, 'key heads': 'groups', 'cuDNN (y, dq, dk, dv)': far('cudnn'),
+                                          'XLA': far('xla')})
