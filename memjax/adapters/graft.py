@@ -1,10 +1,10 @@
 """Memories put after chosen layers of a loaded model: its config, its parameters, and files that hold the memories alone.
 
-Each memory is a layer of its own without feed-forward network, h + Mem(norm h), whose output projection starts at zero: the
-logits are bit-equal to those of the host until the first update (float32; bfloat16 with XLA's excess precision off).
+Each memory is a layer of its own without feed-forward network, h + Mem(norm h), whose output projection starts at zero, or stands at
+the gate of an attention (':mag'), where the gain of its norm starts at zero: the logits are bit-equal to those of the host until the
+first update (float32; bfloat16 with XLA's excess precision off).
 """
 import dataclasses
-import functools
 import hashlib
 import json
 import os
@@ -23,7 +23,8 @@ from memjax.adapters.quantized import TYPES, QuantizedTensors, is_quantized, pac
 from memjax.adapters.safetensors import SafeTensors, write_described
 from memjax.config.codec import freeze, leaves, to_json
 from memjax.config.errors import ConfigError, UserError, refuse, shown
-from memjax.config.layout import BARE, mixer_names, walk_layers
+from memjax.config.layout import BARE, MAG, mixer_names, stages, suffix_of, walk_layers
+from memjax.config.mixers import AttentionConfig
 from memjax.config.placement import fold, place, shared_out
 from memjax.config.schema import ModelConfig
 from memjax.layers.tree import named
@@ -39,24 +40,49 @@ SAMPLES = 64                           # numbers of each array of the host that 
 Home = tuple[tuple[str, str], int]     # part and layer in the parameters, repeat (-1: not scanned)
 
 
-def graft(config: ModelConfig, memory: Any, *, where: Sequence[int], name: str = 'memory', sharing: str = 'per_layer',
+def graft(config: ModelConfig, memory: Any, *, where: Sequence[int], name: str = 'memory', wiring: str = '', sharing: str = 'per_layer',
           sharing_k: int = 2) -> ModelConfig:
-  """The config with a memory after each of the layers `where`, counted from 0 among those of the host.
+  """The config with a memory after each of the layers `where`, counted from 0 among those of the host, or with `wiring=':mag'` at the
+  gate of their first attention that stands alone.
 
   `place(depth, kind, ...)` gives `where` for a placement. The tables of banks are shared as in `arrange`. May be used again on
   its result, under another name: a later memory stands after an earlier one. Raises ConfigError for layers that are not there,
-  a name in use, a sharing of what has no table, and a memory that does not go with the width of the host.
+  a name in use, a sharing of what has no table, a memory that does not go with the width of the host, another wiring, and layers
+  without such an attention.
   """
   where = place(host_of(config).depth, 'custom', indices=where)
   names, tables = shared_out(memory, len(where), name=name, sharing=sharing, sharing_k=sharing_k)
   for new in tables: refuse(new in config.mixers, f'name={name!r} is that of another mixer of the model ({new})')
+  refuse(wiring not in ('', MAG), f"wiring must be '' or {MAG!r}, not {wiring!r}")
   layers, number, given = [], -1, dict(zip(where, names, strict=True))
   for layer in (*config.layers, ''):
     if not _is_inserted(config, layer):
-      if number in given: layers.append(f'{given[number]}{BARE}')
+      if number in given and not wiring: layers.append(f'{given[number]}{BARE}')
       number += 1
+      if number in given and wiring: layer = _at_gate(config, layer, given[number])
     layers.append(layer)
   return dataclasses.replace(config, mixers=config.mixers | tables, grafted=(*config.grafted, *tables), **fold(layers[:-1]))
+
+
+def _at_gate(config: ModelConfig, layer: str, memory: str) -> str:
+  """'near+memory:mag>bank' for 'near>bank'."""
+  found, bare = layer.removesuffix(BARE).split('>'), BARE if layer.endswith(BARE) else ''
+  alone = [n for n, stage in enumerate(found) if isinstance(config.mixers.get(stage), AttentionConfig) and stage not in config.grafted]
+  refuse(not alone, f'where names a layer {layer!r} in which no attention stands alone; {MAG!r} joins one')
+  return '>'.join(f'{stage}+{memory}{MAG}' if n == alone[0] else stage for n, stage in enumerate(found)) + bare
+
+
+def _gates(config: ModelConfig, layer: str) -> list[tuple[str, str]]:
+  """The modules of a layer, (stage, name), that belong to memories grafted at gates."""
+  return [(f'mixers{suffix_of(number)}', name) for number, (names, wiring) in enumerate(stages(layer))
+          if wiring == MAG and names[1] in config.grafted for name in (names[1], 'fuse')]
+
+
+def _without_gates(config: ModelConfig, layer: str) -> str:
+  """'near>bank' for 'near+memory:mag>bank'."""
+  for names, wiring in stages(layer):
+    if wiring == MAG and names[1] in config.grafted: layer = layer.replace(f'+{names[1]}{MAG}', '')
+  return layer
 
 
 def _is_inserted(config: ModelConfig, layer: str) -> bool:
@@ -65,9 +91,9 @@ def _is_inserted(config: ModelConfig, layer: str) -> bool:
 
 def host_of(config: ModelConfig) -> ModelConfig:
   """The config without what was grafted; the config itself where nothing was."""
-  layers = [layer for layer in config.layers if not _is_inserted(config, layer)]
-  if len(layers) == config.depth: return config
-  gone = {name for layer in config.layers if _is_inserted(config, layer) for name in mixer_names(layer)}
+  layers = tuple(_without_gates(config, layer) for layer in config.layers if not _is_inserted(config, layer))
+  if layers == config.layers: return config
+  gone = {name for layer in config.layers for name in mixer_names(layer)}.difference(*map(mixer_names, layers))
   return dataclasses.replace(config, mixers={name: mixer for name, mixer in config.mixers.items() if name not in gone},
                              grafted=tuple(name for name in config.grafted if name not in gone), **fold(layers))
 
@@ -75,9 +101,10 @@ def host_of(config: ModelConfig) -> ModelConfig:
 def adapter_of(params: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
   """{path: array} of the memories' parameters: their layers and the tables that they share."""
   inserted = {home for home, _, layer in walk_layers(config) if _is_inserted(config, layer)}
+  gates = {(*home, *module) for home, _, layer in walk_layers(config) for module in _gates(config, layer)}
   own = {f'bank_{table}' for table in set(shared_tables(config)) - set(shared_tables(host_of(config)))}
   found = {tuple(path.split('/')): leaf for path, leaf in named(params).items()}
-  return {'/'.join(path): leaf for path, leaf in found.items() if path[:2] in inserted or path[0] in own}
+  return {'/'.join(path): leaf for path, leaf in found.items() if path[:2] in inserted or path[:4] in gates or path[0] in own}
 
 
 def graft_params(host_params: Mapping[str, Any], config: ModelConfig, key: jax.Array) -> dict[str, Any]:
@@ -100,9 +127,8 @@ def join_adapter(host_params: Mapping[str, Any], adapter: Mapping[str, Any], con
   _compare(named(host_params), named(param_shapes(build_decoder(host_of(config)))[0]), 'the host')
   _compare(adapter, adapter_of(param_shapes(build_decoder(config))[0], config), 'the adapter')
   params = _laid_out(host_params, host_of(config), config)
-  for path, leaf in adapter.items():
-    *above, last = path.split('/')
-    functools.reduce(lambda node, name: node.setdefault(name, {}), above, params)[last] = leaf
+  def put(node, path, leaf): return {**node, path[0]: put(node.get(path[0], {}), path[1:], leaf)} if path else leaf
+  for path, leaf in adapter.items(): params = put(params, path.split('/'), leaf)
   return params
 
 
@@ -116,6 +142,7 @@ def _compare(found: Mapping[str, Any], wanted: Mapping[str, Any], what: str) -> 
 
 def _laid_out(params: Mapping[str, Any], source: ModelConfig, target: ModelConfig) -> dict[str, Any]:
   """The host's part of parameters, laid out as `target` scans its layers. Arrays that stay whole are the same."""
+  params = _emptied(params, source)
   homes = [(home, repeat) for home, repeat, layer in walk_layers(source) if not _is_inserted(source, layer)]
   wanted: dict[tuple[str, str], list[Home]] = {}
   kept = [home for home, _, layer in walk_layers(target) if not _is_inserted(target, layer)]
@@ -124,6 +151,15 @@ def _laid_out(params: Mapping[str, Any], source: ModelConfig, target: ModelConfi
   out = {name: node for name, node in params.items() if name not in PARTS and (not name.startswith('bank_') or name in tables)}
   for (part, layer), origins in wanted.items(): out.setdefault(part, {})[layer] = _gather(params, origins, part == 'repeats')
   return out
+
+
+def _emptied(params: Mapping[str, Any], config: ModelConfig) -> Mapping[str, Any]:
+  """The parameters without those of memories at gates."""
+  for (part, layer), _, text in walk_layers(config):
+    for stage, name in _gates(config, text):
+      kept = {n: a for n, a in params[part][layer][stage].items() if n != name}
+      params = {**params, part: {**params[part], layer: {**params[part][layer], stage: kept}}}
+  return params
 
 
 def _gather(params: Mapping[str, Any], origins: list[Home], is_scanned: bool) -> Any:

@@ -5,7 +5,7 @@ from typing import Any
 
 from memjax.config.banks import BANKS
 from memjax.config.errors import ConfigError, nearest, refuse
-from memjax.config.layout import stacks, stages, suffix_of
+from memjax.config.layout import MAG, stacks, stages, suffix_of
 from memjax.config.mixers import AttentionConfig
 from memjax.config.schema import GroupConfig, ModelConfig
 
@@ -128,10 +128,11 @@ def train_only(model: ModelConfig, trained: Mapping[str, GroupConfig]) -> dict[s
 def _layer_rules(path: str, layer: str, model: ModelConfig) -> list[str]:
   """The regular expression of the memory's parameters in one layer; none where it has no memory."""
   found, is_whole = [], True
-  for number, (names, _) in enumerate(stages(layer)):
+  for number, (names, wiring) in enumerate(stages(layer)):
     suffix = suffix_of(number)
     memories = [name for name in names if model.mixers[name].kind in (*BANKS, 'context') or name in model.grafted]
     found += [f'mixers{suffix}/{name}' for name in memories] + ([f'norm_mixer{suffix}'] if len(memories) == len(names) else [])
+    if wiring == MAG and names[1] in model.grafted: found.append(f'mixers{suffix}/fuse')
     is_whole = is_whole and len(memories) == len(names)
   if not found: return []
   return [f'{path}/' if is_whole else f'{path}/({"|".join(found)})/']

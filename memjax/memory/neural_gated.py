@@ -42,5 +42,6 @@ class NeuralGated(Neural):
     means = jnp.stack([state.running_BxHxY[..., n] for n in MEANS], -1)
     write_BxH = gates.write[..., 0] & opens(self.surprise, jax.lax.stop_gradient(found.norm.mean(-1)), means)
     gate = items.gate.at[:, :, -1].multiply(write_BxH[:, None].astype(items.gate.dtype))
-    found = found._replace(kept=jnp.where(write_BxH[..., None], found.kept, 0))
+    keep = lambda a: jnp.where(write_BxH.reshape(*write_BxH.shape, *(1,) * (a.ndim - 2)), a, 0)
+    found = found._replace(d=jax.tree.map(keep, found.d), kept=keep(found.kept))
     return found, gates._replace(write=write_BxH[..., None]), items.replace(gate=gate)

@@ -88,7 +88,7 @@ FULL = {
     'mag': Wiring('mag', WindowConfig(heads=2, window=3), neural(net=ONE_MATRIX, exec=NeuralExecConfig(spare=9, group=-1))),
     'mac': Wiring('mac', WindowConfig(heads=2, window=4, persistent=1), neural(net=ONE_MATRIX, exec=NeuralExecConfig(spare=9, group=-1))),
     'mac-deep': Wiring('mac', WindowConfig(heads=2, window=4, persistent=1),
-                       neural(chunk=2, net=NeuralNetConfig(expansion=1), gates=NeuralGatesConfig(theta_base=.5))),
+                       neural(chunk=2, net=NeuralNetConfig(expansion=1, residual='off'))),
     'mac-lookback': Wiring('mac', WindowConfig(heads=2, window=4, persistent=2),
                            neural(chunk=2, net=ONE_MATRIX, exec=NeuralExecConfig(spare=1)),
                            TitansConfig(lookback=1)),
