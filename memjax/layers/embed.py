@@ -5,23 +5,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from memjax.layers.linear import partitioned
-
-
-@jax.custom_vjp
-def _scores(x_BxLxD, table_AxD):
-  """x table^T in float32 at least. Its gradient is rounded to the compute dtype before the two products that take it: as it comes,
-  they would be float32 products, of a third of the work of a small model, at half the speed."""
-  return jnp.einsum('bld,ad->bla', x_BxLxD, table_AxD, preferred_element_type=jnp.promote_types(jnp.float32, x_BxLxD.dtype))
-
-
-def _scores_backward(saved, g_BxLxA):
-  x_BxLxD, table_AxD = saved
-  g_BxLxA = g_BxLxA.astype(x_BxLxD.dtype)
-  return jnp.einsum('bla,ad->bld', g_BxLxA, table_AxD), jnp.einsum('bla,bld->ad', g_BxLxA, x_BxLxD)
-
-
-_scores.defvjp(lambda x, table: (_scores(x, table), (x, table)), _scores_backward)
+from memjax.layers.linear import partitioned, wide_dot
 
 
 class Embed(nn.Module):
@@ -41,7 +25,7 @@ class Embed(nn.Module):
 
   def attend(self, x_BxLxD: jax.Array) -> jax.Array:
     """Scores of all tokens, [B, L, A], accumulated in float32 (float64 under float64)."""
-    return _scores(x_BxLxD.astype(self.dtype), self.table.astype(self.dtype))
+    return wide_dot(x_BxLxD.astype(self.dtype), self.table, 'ed')
 
 
 class PositionTable(nn.Module):

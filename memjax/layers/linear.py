@@ -1,4 +1,5 @@
 """Linear maps whose kernels carry logical axis names; parameters are float32, the product runs in the compute dtype."""
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,26 @@ def kernel_init(std: float = 0.0, *, fan_in: int = 0, zero: bool = False) -> Cal
 def partitioned(init: Callable, axes: tuple) -> Callable:
   """`init` whose result is boxed with the logical axis names `axes`."""
   return nn.with_logical_partitioning(init, axes)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def wide_dot(x: jax.Array, kernel: jax.Array, axes: str = 'de', precision: Any = None) -> jax.Array:
+  """x W in float32 at least, of operands in the dtype of x; `axes` 'ed' takes W as [features, in].
+
+  Its gradient is rounded to that dtype before the two products that take it. As it comes, a GPU would compute these in float32: at half
+  the speed for a vocabulary, at a hundredth for a few columns.
+  """
+  wide = jnp.promote_types(jnp.float32, x.dtype)
+  return jnp.einsum(f'...d,{axes}->...e', x, kernel.astype(x.dtype), precision=precision, preferred_element_type=wide)
+
+
+def _wide_dot_backward(axes, precision, saved, g):
+  (x, kernel), g, dot = saved, g.astype(saved[0].dtype), functools.partial(jnp.einsum, precision=precision)
+  dkernel = dot(f'...d,...e->{axes}', x, g, preferred_element_type=jnp.promote_types(jnp.float32, x.dtype))
+  return dot(f'...e,{axes}->...d', g, kernel.astype(x.dtype)), dkernel.astype(kernel.dtype)
+
+
+wide_dot.defvjp(lambda x, kernel, axes, precision: (wide_dot(x, kernel, axes, precision), (x, kernel)), _wide_dot_backward)
 
 
 class Linear(nn.Module):

@@ -10,7 +10,7 @@ from flax import struct
 
 from memjax.config.neural import NeuralConfig
 from memjax.layers.conv import find_taps, next_tail, short_conv
-from memjax.layers.linear import Linear, partitioned
+from memjax.layers.linear import Linear, partitioned, wide_dot
 from memjax.layers.lora import Lora
 from memjax.ops.neural_custom import feature_width, features
 from memjax.ops.neural_nets import Network
@@ -115,7 +115,7 @@ class NeuralProjections(nn.Module):
     """The gates [B, L, G, H] in the order of `names`."""
     wide = jnp.promote_types(jnp.float32, self.dtype)
     kernel, bias = (jnp.concatenate([pair[n].astype(wide) for pair in self.gate.values()], -1) for n in (0, 1))
-    logit = jnp.dot(x_BxLxD.astype(wide), kernel, precision='highest') + bias.reshape(1, 1, -1)
+    logit = wide_dot(x_BxLxD.astype(self.dtype), kernel, precision='highest') + bias.reshape(1, 1, -1)
     logit = logit.reshape(*logit.shape[:2], len(self.gate), -1)
     gate = {name: logit[:, :, n] for n, name in enumerate(self.gate)}
     chunks = self.config.rule.mode == 'chunk_gates'
