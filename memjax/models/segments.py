@@ -44,22 +44,39 @@ def cut_rows(see_BxTxM: jax.Array, at: Any, size: int) -> jax.Array:
 def scan_segments(body: Any, carry: Any, tokens: ContextTokens, *, layout: Layout, group: int) -> tuple[Any, Any]:
   """(carry, outputs [B, L, ...]) of `body(carry, (number, tokens))` over segments; the gradient recomputes each, and groups of them
   (`group` 0: near the root of their number; -1: it keeps everything)."""
+  N = layout.full.shape[1]
+  size = N if group < 0 else group_size(N, group)
+  items = jnp.arange(N), _cut(tokens, layout)
+  items = jax.tree.map(lambda a: jnp.pad(a, [(0, -N % size)] + [(0, 0)] * (a.ndim - 1)).reshape(-1, size, *a.shape[1:]), items)
+  one = body if group < 0 else jax.checkpoint(body, prevent_cse=False)
+  scan = lambda carry, items: jax.lax.scan(one, carry, items)
+  carry, out = jax.lax.scan(scan if group < 0 else jax.checkpoint(scan, prevent_cse=False), carry, items)
+  return carry, jax.tree.map(lambda a: _back(a.reshape(-1, *a.shape[2:])[:N], layout), out)
+
+
+def all_segments(pass_on: Any, body: Any, carry: Any, tokens: ContextTokens, *, layout: Layout, group: int) -> tuple[Any, Any]:
+  """The same, segments side by side: `pass_on(carry, tokens)` gives the carry after a segment without its outputs."""
+  pieces = _cut(tokens, layout)
+  carry, starts = jax.lax.scan(lambda carry, tokens: (pass_on(carry, tokens), carry), carry, pieces)
+  one = lambda start, number, tokens: body(start, (number, tokens))[1]
+  out = jax.vmap(one if group < 0 else jax.checkpoint(one))(starts, jnp.arange(layout.full.shape[1]), pieces)
+  return carry, jax.tree.map(lambda a: _back(a, layout), out)
+
+
+def _cut(tokens: ContextTokens, layout: Layout) -> ContextTokens:
+  """The tokens by segments, [N, B, S, ...]."""
   B, N = layout.full.shape
   S = layout.source.shape[1] // N
   def cut(a):
     a = rearrange(jnp.concatenate([jnp.zeros((B, S, *a.shape[2:]), a.dtype), a], 1), layout.source, layout.place)
     return jnp.moveaxis(a.reshape(B, N, S, *a.shape[2:]), 1, 0)
-  pieces = jax.tree.map(cut, tokens.replace(fresh_B=None)).replace(fresh_B=jnp.swapaxes(layout.fresh, 0, 1))
-  size = N if group < 0 else group_size(N, group)
-  items = jnp.arange(N), pieces
-  items = jax.tree.map(lambda a: jnp.pad(a, [(0, -N % size)] + [(0, 0)] * (a.ndim - 1)).reshape(-1, size, *a.shape[1:]), items)
-  one = body if group < 0 else jax.checkpoint(body, prevent_cse=False)
-  scan = lambda carry, items: jax.lax.scan(one, carry, items)
-  carry, out = jax.lax.scan(scan if group < 0 else jax.checkpoint(scan, prevent_cse=False), carry, items)
-  def back(a):
-    a = jnp.moveaxis(a.reshape(-1, *a.shape[2:])[:N], 0, 1)
-    return rearrange(a.reshape(B, N * S, *a.shape[3:]), layout.place, layout.source)[:, S:]
-  return carry, jax.tree.map(back, out)
+  return jax.tree.map(cut, tokens.replace(fresh_B=None)).replace(fresh_B=jnp.swapaxes(layout.fresh, 0, 1))
+
+
+def _back(a: jax.Array, layout: Layout) -> jax.Array:
+  """Outputs [N, B, S, ...] at their tokens, [B, L, ...]."""
+  N, B, S = a.shape[:3]
+  return rearrange(jnp.moveaxis(a, 0, 1).reshape(B, N * S, *a.shape[3:]), layout.place, layout.source)[:, S:]
 
 
 def scan_tokens(body: Any, carry: Any, tokens: ContextTokens) -> tuple[Any, Any]:

@@ -23,7 +23,7 @@ from memjax.memory.neural_inputs import NeuralInputs
 from memjax.memory.registry import make_memory
 from memjax.models.fuse import Fuse
 from memjax.models.recall import Recall
-from memjax.models.segments import ContextTokens, cut_rows, put, scan_segments, scan_tokens
+from memjax.models.segments import ContextTokens, all_segments, cut_rows, put, scan_segments, scan_tokens
 from memjax.ops.attention import attend
 from memjax.ops.neural_layout import lay_out
 
@@ -144,7 +144,10 @@ class Context(nn.Module):
       number, tokens = item
       rngs = {} if noise is None else {NOISE: jax.random.fold_in(noise, number)}
       return module.apply(variables, carry, tokens, method='segment', rngs=rngs)
-    def by_segments(carry): return scan_segments(body, carry, tokens, layout=layout, group=options.group)
+    def pass_on(carry, tokens): return module.apply(variables, carry, tokens, method='passed_on')
+    def by_segments(carry):
+      if self.reads_once: return all_segments(pass_on, body, carry, tokens, layout=layout, group=options.group)
+      return scan_segments(body, carry, tokens, layout=layout, group=options.group)
     def by_steps(carry): return scan_tokens(body, carry, tokens)
     all_write = tokens.written_BxT is tokens.real_BxT
     if self.form == 'paper' or (all_write and layout.full.shape[1] >= L): return by_segments(carry)
@@ -156,21 +159,13 @@ class Context(nn.Module):
 
   def segment(self, carry: tuple, tokens: ContextTokens) -> tuple:
     """((state of attention, of memory), (y [B, T, E], read, gates)) of the tokens of one segment in their slots, or of one token."""
-    carry = where_rows(tokens.fresh_B, jax.tree.map(jnp.zeros_like, carry), carry)
-    own, memory = carry
+    own, memory = where_rows(tokens.fresh_B, jax.tree.map(jnp.zeros_like, carry), carry)
     B, T = tokens.real_BxT.shape
     start = None if self.reads_once else self._start(own, memory)
-    S, lookback = self.size, self.config.block.titans.lookback
-    before = jnp.split(own.token[0], [S * lookback], 2)[0], jnp.split(own.token[1], [S * lookback], 2)[0]
-    place_BxT = own.slot_B[:, None] if T == 1 else jnp.broadcast_to(jnp.arange(T)[None], (B, T))
-    given = tokens.key_BxTxGxK, tokens.value_BxTxGxK
-    put_all = lambda rings, new: tuple(put(ring, one, place_BxT, tokens.written_BxT) for ring, one in zip(rings, new, strict=True))
-    token = put_all((ring[:, :, S * lookback:] for ring in own.token), given)
-    recalled = self._recalled(own, start, tokens, put_all)
-    slot_B = own.slot_B + tokens.written_BxT.sum(1, dtype=own.slot_B.dtype)
+    rings, place_BxT, slot_B = self._placed(own, start, tokens)
     see = self._sees(own, place_BxT, slot_B)
     keys, values = (jnp.concatenate([a.astype(self.memory.state_dtype) for a in parts], 2)
-                    for parts in zip(before, recalled, token, strict=True))
+                    for parts in zip(rings['before'], rings['recalled'], rings['token'], strict=True))
     y = attend(tokens.query_BxTxHxK, keys, values, see=lambda at, size: cut_rows(see, at, size), always=self.attention.always)
     y_BxTxE, found = jnp.where(tokens.real_BxT[..., None], y.reshape(B, T, -1), 0), ()
     if tokens.input_BxTxD is not None: y_BxTxE += tokens.input_BxTxD.astype(y_BxTxE.dtype)
@@ -178,8 +173,24 @@ class Context(nn.Module):
       memory, read_BxTxE, gate = self._learn(memory, self.norm(y_BxTxE), tokens, start)
       found = jnp.zeros_like(read_BxTxE) if tokens.silent else read_BxTxE, gate
     if own.asked is not None: own = own.replace(asked=self._asked(own, tokens, place_BxT))
-    return (self._moved(own, memory, slot_B, before=before, token=token, recalled=recalled, silent=tokens.silent),
-            memory), (y_BxTxE, *found)
+    return (self._moved(own, memory, slot_B, **rings, silent=tokens.silent), memory), (y_BxTxE, *found)
+
+  def passed_on(self, carry: tuple, tokens: ContextTokens) -> tuple:
+    """The state after a segment whose memory reads once: what `segment` hands on, without looking."""
+    own, memory = where_rows(tokens.fresh_B, jax.tree.map(jnp.zeros_like, carry), carry)
+    rings, _, slot_B = self._placed(own, None, tokens)
+    return self._moved(own, memory, slot_B, **rings, silent=tokens.silent), memory
+
+  def _placed(self, own: ContextState, start: Any, tokens: ContextTokens) -> tuple:
+    """({'before', 'token', 'recalled'}: keys and values with those of the tokens; slots of these, tokens of the segment now)."""
+    (B, T), (S, lookback) = tokens.real_BxT.shape, (self.size, self.config.block.titans.lookback)
+    before = jnp.split(own.token[0], [S * lookback], 2)[0], jnp.split(own.token[1], [S * lookback], 2)[0]
+    place_BxT = own.slot_B[:, None] if T == 1 else jnp.broadcast_to(jnp.arange(T)[None], (B, T))
+    given = tokens.key_BxTxGxK, tokens.value_BxTxGxK
+    put_all = lambda rings, new: tuple(put(ring, one, place_BxT, tokens.written_BxT) for ring, one in zip(rings, new, strict=True))
+    token = put_all((ring[:, :, S * lookback:] for ring in own.token), given)
+    rings = {'before': before, 'token': token, 'recalled': self._recalled(own, start, tokens, put_all)}
+    return rings, place_BxT, own.slot_B + tokens.written_BxT.sum(1, dtype=own.slot_B.dtype)
 
   def recalled_by(self, memory: Any, query_BxTxHxK: jax.Array, position_BxT: jax.Array, *, silent: bool = False) -> tuple:
     """Keys and values [B, T, G, K] of the answers of the weights at the memory's anchor."""
