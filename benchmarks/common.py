@@ -101,7 +101,7 @@ def stamp(commit: str = '') -> dict[str, Any]:
           'cores': cores, 'commit': commit or _git('rev-parse', 'HEAD') or 'unknown',
           'modified': bool(_git('status', '--porcelain', '--untracked-files=no')),
           'date': datetime.datetime.now(datetime.UTC).strftime('%Y-%m-%dT%H:%M:%SZ'),
-          'jax': jax.__version__, 'python': platform.python_version()}
+          'jax': jax.__version__, 'python': platform.python_version(), 'xla_flags': os.environ.get('XLA_FLAGS', '')}
 
 
 def parser(name: str, about: str) -> argparse.ArgumentParser:

@@ -157,6 +157,7 @@ def targets(rows: list[dict[str, Any]], batch: int = 1) -> list[dict[str, Any]]:
     peers = [value for row, value in at.items() if row.startswith('attention')]
     out.append({'what': f'{layers} layers, context 32768: holographic over the fastest attention', 'target': 10.0 if batch > 1 else 5.0,
                 'value': at['holographic'] / max(peers) if peers and 'holographic' in at else None})
+  if len({r['context'] for r in rows}) == 1: return out
   for row in ('holographic', 'neural'):
     sizes = [r['state_bytes'] for r in rows if r['row'] == row and r['layers'] == 1]
     out.append({'what': f'{row} state, smallest over largest context (1 = constant)', 'target': 1.0,

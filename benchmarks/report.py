@@ -73,7 +73,8 @@ def origin(result: dict[str, Any]) -> list[str]:
   seeds = result.get('seeds') or list(range(result.get('options', {}).get('seeds', 0)))
   dtype = result.get('dtype') or result.get('options', {}).get('dtype', '')
   facts = [where, f'{machine["cores"]} cores' if 'cores' in machine else '', f'commit `{commit}`{note}', machine.get('date', ''),
-           f'jax {machine["jax"]}' if 'jax' in machine else '', dtype, f'seeds {", ".join(map(str, seeds))}' if seeds else '']
+           f'jax {machine["jax"]}' if 'jax' in machine else '', f'`{machine["xla_flags"]}`' if machine.get('xla_flags') else '',
+           dtype, f'seeds {", ".join(map(str, seeds))}' if seeds else '']
   return ['', '```', *(shlex.join(['python', '-m', f'benchmarks.{module}', *words]) for words in processes), '```', '',
           ', '.join(f for f in facts if f) + '.', '']
 

@@ -110,6 +110,17 @@ def decode_h200(result, _):
           'four layers were not.')
 
 
+def decode_batch64_h200(result, _):
+  """What decoding in batches on an H200 says."""
+  at = lambda name: _row(result, name)['tokens_per_second']
+  ring = max(at('attention, plain cache'), at('attention, cuDNN'))
+  bandwidth = _row(result, 'attention, cuDNN')
+  return (f'The target is reached by holographic memory: {at("holographic") / ring:.0f} times the fastest cache of equal width, '
+          f'{bandwidth["state_bytes"] / 1e9:.1f} GB of keys and values in bfloat16, which cuDNN reads at '
+          f'{bandwidth["state_bytes"] / bandwidth["us_per_token"] / 1e6:.1f} TB/s. The neural memory, whose state is large, reaches '
+          f'{at("neural") / ring:.1f} times. One layer without feed-forward network.')
+
+
 def shakespeare_h200(result, _):
   """What the default model on Shakespeare says."""
   bits = lambda name: _row(result, name)['bits_per_byte']
@@ -140,7 +151,7 @@ def wikitext2_alone_h200(result, _):
 READINGS = {
   ('Mixing', 'holographic-h200'): mixing_h200, ('Whole layers', 'holographic-h200'): layers_h200, ('Recall', 'recall-h200'): recall_h200,
   ('Recall', 'recall-large-h200'): recall_large_h200, ('Recall', 'recall-preset-h200'): recall_preset_h200,
-  ('Decoding', 'decode-h200'): decode_h200,
+  ('Decoding', 'decode-h200'): decode_h200, ('Decoding', 'decode-batch64-h200'): decode_batch64_h200,
   ('Language modelling', 'language-shakespeare-default-h200'): shakespeare_h200,
   ('Language modelling', 'language-wikitext2-h200'): wikitext2_h200,
   ('Language modelling', 'language-wikitext2-holographic-h200'): wikitext2_alone_h200,
