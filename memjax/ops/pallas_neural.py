@@ -31,15 +31,16 @@ class Launch(NamedTuple):
 
 
 class Arrays(NamedTuple):
-  """What a kernel reads, rewrites in place, and makes for the next one ('up' and 'down' are all levels of these); its programs for each
-  block of hidden channels, 0 = one program for all."""
+  """What a kernel reads, rewrites in place, and makes for the next one ('up' and 'down' are all levels of these; a gain that is not fast
+  has no arrays); its programs for each block of hidden channels, 0 = one program for all."""
   reads: tuple[str, ...]
   rewrites: tuple[str, ...]
   makes: tuple[str, ...] = ()
   programs: int = 2
 
 
-LAUNCH = Launch()
+# Measured on an H200 (docs/performance.md): by chunks of up to 64 tokens, and of 128.
+SHORT, LONG = Launch(), Launch(8, 8, 8, 8, 16, 8)
 TOKENS = ('at', 'key', 'value', 'weight', 'push', 'turn')
 FORWARD = {
   'meet_kernel': Arrays(('at', 'hold', 'key', 'init_up', 'init_down', 'up0', 'down0'), ('h', 'slope', 'bend'), ('part', 'anchor'), 1),
@@ -86,9 +87,9 @@ def _call(name, static, table, arrays):
   """The arrays that a kernel rewrites and makes."""
   plan, launch = static
   each = lambda names: [f'{n}{q}' for n in names if n in ('up', 'down') for q in range(plan.levels)] + [
-      n for n in names if n not in ('up', 'down')]
+      n for n in names if n in arrays]
   rewrites, programs = each(table.rewrites), table.programs
-  inputs = sorted({*table.reads, *rewrites})
+  inputs = sorted({*each(table.reads), *rewrites})
   like = lambda n: jax.ShapeDtypeStruct(arrays[n].shape, arrays[n].dtype)
   shapes = {n: like(n) for n in rewrites} | {n: _made(plan, n, arrays, programs) for n in table.makes}
   spec = lambda n, shape: _spec(plan, n, shape, programs or 1)
@@ -117,9 +118,10 @@ def _levels(plan):
   return [f'{side}{q}' for side in ('up', 'down') for q in range(plan.levels)]
 
 
-def _gain_stack(count, gain, at):
-  """Gains before every chunk and after the last one, of which one is known."""
-  return jax.lax.empty((count + 1, *gain.shape), gain.dtype).at[at].set(gain)
+def _gain_stack(count, memory, at):
+  """Gains before every chunk and after the last one, of which one is known; nothing where they are not fast."""
+  gain = memory.get('gain')
+  return {} if gain is None else {'gain': jax.lax.empty((count + 1, *gain.shape), gain.dtype).at[at].set(gain)}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -134,11 +136,13 @@ def _write_forward(static, start, memory, tokens):
   empty = lambda dtype, *shape: jax.lax.empty((N, B, H, *shape), dtype)
   shapes = {**dict.fromkeys(('h', 'slope', 'bend'), (C, F)), 'seen_up': (Q * K + C, F), 'seen_down': (F, Q * V), 'd': (C, V), 'out': (C, V)}
   carry = {name: empty(plan.dtype, *shape) for name, shape in shapes.items()}
-  carry |= {**memory, 'gain': _gain_stack(N, memory['gain'], 0), 'read': empty(high, C, V), 'loss': empty(high, C)}
+  carry |= {**memory, **_gain_stack(N, memory, 0), 'loss': empty(high, C)}
+  if 'gain' in memory: carry['read'] = empty(high, C, V)
   out = _over_chunks(static, FORWARD, {**tokens, **start}, carry)
-  new = {**_select(out, *_levels(plan)), 'gain': out['gain'][-1]}
-  seen = {**_select(out, 'h', 'seen_up', 'seen_down', 'd', 'read', 'loss'), 'gain': out['gain'][:-1]}
-  return (new, seen), (start, tokens, _select(out, 'h', 'slope', 'bend', 'seen_up', 'seen_down', 'd', 'out', 'gain'))
+  new, seen = _select(out, *_levels(plan)), _select(out, *({'h', 'seen_up', 'seen_down', 'd', 'read', 'loss'} & set(out)))
+  if 'gain' in memory: new['gain'], seen['gain'] = out['gain'][-1], out['gain'][:-1]
+  kept = {name: out[name] for name in (*shapes, 'gain') if name in out}
+  return (new, seen), (start, tokens, kept)
 
 
 def _write_backward(static, saved, cotangents):
@@ -146,34 +150,38 @@ def _write_backward(static, saved, cotangents):
   (N, B, H, C, K), G, Q, V = tokens['key'].shape, plan.blocks, plan.levels, tokens['value'].shape[-1]
   F, high, own = G * plan.block, tokens['weight'].dtype, tokens['key'].dtype
   empty = lambda dtype, *shape: jax.lax.empty((N, B, H, *shape), dtype)
-  carry = {**dmemory, 'gain': _gain_stack(N, dmemory['gain'], N), 'dpush': empty(high, 2 * G, Q, C), 'gpush': empty(high, Q, C),
-           'dturn': jnp.zeros((N, B, H, 2 * G, Q, Q), high), 'gturn': jnp.zeros((N, B, H, Q, Q), high), 'dkey': empty(own, C, K),
+  zeros = lambda *shape: jnp.zeros((N, B, H, *shape), high)
+  carry = {**dmemory, 'dpush': empty(high, 2 * G, Q, C), 'dturn': zeros(2 * G, Q, Q), 'dkey': empty(own, C, K),
            'dkey_push': empty(own, G, C, K), 'dkey_find': empty(own, G, C, K), 'dvalue': empty(tokens['value'].dtype, C, V),
            'dweight': empty(high, C), 'dgain': empty(high, V), 'dup': empty(plan.dtype, K, F), 'ddown': empty(plan.dtype, F, V)}
-  fixed = {**tokens, **start, **kept, 'old_gain': kept['gain'], **{f'ct_{name}': x for name, x in dseen.items()}}
+  fixed = {**tokens, **start, **kept, **{f'ct_{name}': x for name, x in dseen.items()}}
+  if 'gain' in dmemory:
+    fixed['old_gain'] = fixed.pop('gain')
+    carry |= {**_gain_stack(N, dmemory, N), 'gpush': empty(high, Q, C), 'gturn': zeros(Q, Q)}
   got = _over_chunks(static, BACKWARD, fixed, carry, backwards=True)
   over = lambda name, axes: jnp.sum(got[name], axes, dtype=high)
   rows = lambda name, like: over(name, 0) if like.shape[0] == B else over(name, (0, 1))[None]
   keys = got['dkey'].astype(high) + over('dkey_push', 3) + over('dkey_find', 3)
   dtokens = {'key': keys.astype(own), **{name: got[f'd{name}'] for name in ('value', 'weight')},
-             **{name: over(f'd{name}', 3) + got[f'g{name}'] for name in ('push', 'turn')},
+             **{name: over(f'd{name}', 3) + got.get(f'g{name}', 0) for name in ('push', 'turn')},
              **{name: jnp.zeros_like(tokens[name]) for name in ('hold', 'flow')}}
-  dstart = {f'init_{side}': rows(f'd{side}', start[f'init_{side}']) for side in ('up', 'down', 'gain')}
-  return dstart, {**_select(got, *_levels(plan)), 'gain': got['gain'][0]}, dtokens
+  dold = _select(got, *_levels(plan)) | ({'gain': got['gain'][0]} if 'gain' in got else {})
+  return {f'init_{side}': rows(f'd{side}', start[f'init_{side}']) for side in ('up', 'down', 'gain')}, dold, dtokens
 
 
 _write.defvjp(_write_forward, _write_backward)
 
 
 def supports(rule: Rule, start: Weights, chunk: int) -> bool:
-  """Whether the kernels can write chunks of so many tokens: two layers, silu, residual with a fast gain, l2, bf16."""
+  """Whether the kernels can write chunks of so many tokens: two layers, silu, residual, l2, bf16 products, fp32 state."""
   net = rule.network
   (K, F), *_ = net.widths if net.kind == 'mlp' else [(0, 0)]
-  plain = not (rule.clip or rule.gram or rule.first_order or start.slow or net.bias or net.slow_gain) and rule.pairs == 1
+  plain = not (rule.clip or rule.gram or rule.first_order or net.bias) and rule.pairs == 1
   chosen = (rule.mode, rule.loss, rule.decay_to, net.kind, net.depth, net.activation, net.residual, net.value_width, rule.dtype)
   fitting = all(16 <= size <= most and not size & (size - 1) for size, most in ((K, 128), (F, 1 << 16), (chunk, 128)))
   return (plain and fitting and F > K and rule.momentum in ('none', 'first', 'nesterov')
-          and chosen == ('token', 'l2', 'init', 'mlp', 2, 'silu', True, K, jnp.bfloat16))
+          and chosen == ('token', 'l2', 'init', 'mlp', 2, 'silu', True, K, jnp.bfloat16)
+          and all(a.dtype == jnp.float32 for a in jax.tree.leaves(start)))
 
 
 def write_chunks(rule: Rule, start: Weights, memory: dict, tokens: Tokens, *, coefficients: Coefficients, fresh: jax.Array,
@@ -184,7 +192,7 @@ def write_chunks(rule: Rule, start: Weights, memory: dict, tokens: Tokens, *, co
   fresh [N, B]: the chunk starts from an empty memory; flow [N, B]: whether a gradient goes through the memory before the chunk.
   `start` may have one row for all.
   """
-  launch = launch or LAUNCH
+  launch = launch or (SHORT if tokens.key.shape[3] <= 64 else LONG)
   Q, high, dtype = rule.levels, tokens.weight.dtype, rule.dtype
   F = rule.network.widths[0][1]
   block = min(F, launch.block)
@@ -193,19 +201,23 @@ def write_chunks(rule: Rule, start: Weights, memory: dict, tokens: Tokens, *, co
   hold = 1 - fresh.astype(high)
   given = {'key': tokens.key, 'value': tokens.value, 'weight': tokens.weight, 'push': coefficients.push, 'turn': coefficients.turn,
            'hold': hold, 'flow': hold if flow is None else hold * flow}
-  first = {'init_up': start.fast['w_0'], 'init_down': start.fast['w_1'], 'init_gain': start.fast['gain']}
-  new, seen = _write((plan, launch), first, {**sides, 'gain': jnp.stack(memory['gain'], 2)}, given)
+  fast = 'gain' in memory
+  gain = start.fast['gain'] if fast else start.slow['gain'][None]
+  first = {'init_up': start.fast['w_0'], 'init_down': start.fast['w_1'], 'init_gain': gain}
+  new, seen = _write((plan, launch), first, sides | ({'gain': jnp.stack(memory['gain'], 2)} if fast else {}), given)
   out = {name: tuple(new[f'{side}{q}'] for q in range(Q)) for side, name in (('up', 'w_0'), ('down', 'w_1'))}
-  out['gain'] = tuple(new['gain'][:, :, q] for q in range(Q))
-  ready = Prepared({'w_0': tokens.key.astype(dtype), 'w_1': seen['h']},
-                   {'w_0': (seen['seen_up'],), 'w_1': (seen['seen_down'], seen['d']), 'gain': (seen['gain'], seen['read'])})
+  ready = Prepared({'w_0': tokens.key.astype(dtype), 'w_1': seen['h']}, {'w_0': (seen['seen_up'],), 'w_1': (seen['seen_down'], seen['d'])})
+  if fast:
+    out['gain'] = tuple(new['gain'][:, :, q] for q in range(Q))
+    ready.parts['gain'] = seen['gain'], seen['read']
   return out, (ready, (seen['loss'], _norm(tokens, seen)))
 
 
 def _norm(tokens, seen):
   """The norm of each token's gradient, without its weight."""
   C = tokens.key.shape[3]
-  a = {'w_0': tokens.key.astype(tokens.weight.dtype), 'w_1': seen['h'], 'gain': seen['read']}
-  d = {'w_0': seen['seen_up'][..., -C:, :], 'w_1': seen['d'], 'gain': jnp.ones_like(seen['read'])}
+  a = {'w_0': tokens.key.astype(tokens.weight.dtype), 'w_1': seen['h']}
+  d = {'w_0': seen['seen_up'][..., -C:, :], 'w_1': seen['d']}
+  if 'read' in seen: a['gain'], d['gain'] = seen['read'], jnp.ones_like(seen['read'])
   norm = jnp.sqrt(jnp.maximum(squared_norms(a, d), 1e-24))
   return norm / jnp.where(tokens.weight > 0, tokens.weight, 1)

@@ -11,13 +11,12 @@ then add up lies in `part`. All passes of a chunk rewrite the state in place, le
 import functools
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from memjax.ops.neural_nets import EPSILON
 from memjax.ops.pallas_chunk import dot, wide
+from memjax.ops.pallas_neural_rows import judge, judge_back, silu
 
 
 class Plan(NamedTuple):
@@ -40,13 +39,6 @@ class Pass(NamedTuple):
 def _fence(plan):
   """Keeps the loads of what follows behind what came before: fewer registers."""
   if plan.is_compiled: plgpu.debug_barrier()
-
-
-def _silu(z):
-  """(silu, its first, its second derivative)."""
-  s = 1 / (1 + jnp.exp2(z * -1.4426950408889634))             # to base 2: one instruction raises it
-  slope = s * (1 - s)
-  return z * s, s + z * slope, slope * (2 + z * (1 - 2 * s))
 
 
 def _rounded(x, dtype, scale):
@@ -78,23 +70,10 @@ def _coefficients(plan, refs, n):
   return [refs['push'][n, p] for p in range(Q)], {(p, q): refs['turn'][n, p, q] for p in range(Q) for q in range(p, Q)}
 
 
-def _judge(plan, out, items):
-  """(d of w_1, a (.) d of the gain, loss) of tokens (key, value, weight, gain) from what the network gives before its norm."""
-  key, value, weight, gain = items
-  width = out.shape[1]
-  mean = lambda x: (jnp.sum(x, 1) / width)[:, None]
-  y = out - mean(out)
-  size = jax.lax.rsqrt(mean(y * y) + EPSILON)
-  unit = y * size
-  error = key + unit * (1 + gain)[None] - value
-  pull = error * (2 * plan.scale * weight)[:, None]
-  inner = pull * (1 + gain)[None]
-  return (inner - mean(inner) - unit * mean(inner * unit)) * size, unit * pull, plan.scale * jnp.sum(error * error, 1)
-
-
 def _items(refs, gains, n):
-  """What `_judge` looks at."""
-  gain = refs['init_gain'][...] + _held(refs['hold'][n], gains[n, 0])
+  """What `judge` looks at; a gain that is not fast has no `gains`."""
+  gain = refs['init_gain'][...]
+  if gains is not None: gain += _held(refs['hold'][n], gains[n, 0])
   return _tile(refs, 'key', n), _tile(refs, 'value', n), refs['weight'][n], gain
 
 
@@ -105,18 +84,20 @@ def meet_kernel(plan, refs, out):
   weights = lambda side: (refs[f'init_{side}'][...] + _held(hold, refs[f'{side}0'][...])).astype(dtype)
   out['anchor'][...] = weights('down')
   z = dot(key, weights('up'), dtype).astype(dtype).astype(wide(dtype))
-  for name, x in zip(('h', 'slope', 'bend'), _silu(z), strict=True): out[name][n] = x.astype(dtype)
+  for name, x in zip(('h', 'slope', 'bend'), silu(z), strict=True): out[name][n] = x.astype(dtype)
   _fence(plan)
   out['part'][pl.program_id(0)] = dot(out['h'][n], out['anchor'][...], dtype)
 
 
 def judge_kernel(plan, refs, out):
   """Errors and their gradients, and the gain after the chunk."""
-  n, dtype, Q, gain = refs['at'][0], plan.dtype, plan.levels, out['gain']
+  n, dtype, Q, gain = refs['at'][0], plan.dtype, plan.levels, out.get('gain')
   made = _sum_of_parts(refs).astype(dtype)
   out['out'][n] = made
-  d, read, out['loss'][n] = _judge(plan, made.astype(wide(dtype)), _items(refs, gain, n))
-  out['d'][n], out['read'][n] = d.astype(dtype), read
+  d, read, out['loss'][n] = judge(plan.scale, made.astype(wide(dtype)), _items(refs, gain, n))
+  out['d'][n] = d.astype(dtype)
+  if gain is None: return
+  out['read'][n] = read
   push, turn = _coefficients(plan, refs, n)
   old = [_held(refs['hold'][n], gain[n, q]) for q in range(Q)]
   for q in range(Q): gain[n, q] = old[q]
@@ -232,43 +213,22 @@ def _back_through_turn(work, side, *, parts, number):
 
 def judge_back_kernel(plan, refs, out):
   """Cotangents through the errors: of the outputs of the network, of tokens, of the gain before the chunk."""
-  n, Q = refs['at'][0], plan.levels
+  n, Q, dread, is_fast = refs['at'][0], plan.levels, None, 'gain' in out
   push, turn = _coefficients(plan, refs, n)
-  new, old = [out['gain'][n + 1, q] for q in range(Q)], [refs['old_gain'][n, q] for q in range(Q)]
-  dread = refs['ct_read'][n] - functools.reduce(jnp.add, (push[p][:, None] * new[p][None] for p in range(Q)))
+  if is_fast:
+    new, old = [out['gain'][n + 1, q] for q in range(Q)], [refs['old_gain'][n, q] for q in range(Q)]
+    dread = refs['ct_read'][n] - functools.reduce(jnp.add, (push[p][:, None] * new[p][None] for p in range(Q)))
   dd = _sum_of_parts(refs) + _tile(refs, 'ct_d', n)
-  items = _items(refs, refs['old_gain'], n)
-  read, dout, derror, dweight, dgain = _judge_back(plan, _tile(refs, 'out', n), items, cotangents=(dd, dread, refs['ct_loss'][n]))
+  items = _items(refs, refs.get('old_gain'), n)
+  read, dout, derror, dweight, dgain = judge_back(plan.scale, _tile(refs, 'out', n), items, cotangents=(dd, dread, refs['ct_loss'][n]))
   out['dout'][...] = dout.astype(plan.dtype)
   for name, x in (('dkey', derror), ('dvalue', -derror), ('dweight', dweight), ('dgain', dgain)): out[name][n] = x.astype(out[name].dtype)
+  if not is_fast: return
   for q in range(Q):
     got = _returned(turn, q, new) + refs['ct_gain'][n, q]
     out['gain'][n, q] = _held(refs['flow'][n], got + dgain if q == 0 else got)
     out['gpush'][n, q] = -jnp.sum(read * new[q][None], 1)
   for at in turn: out['gturn'][n, at[0], at[1]] = jnp.sum(new[at[0]] * old[at[1]])
-
-
-def _judge_back(plan, out, items, *, cotangents):
-  """(a (.) d of the gain, cotangents of out, of the error, of weight, of gain) through `_judge`."""
-  (key, value, weight, gain), (dd, dread, dloss) = items, cotangents
-  mean = lambda x: (jnp.sum(x, 1) / out.shape[1])[:, None]
-  y = out - mean(out)
-  size = jax.lax.rsqrt(mean(y * y) + EPSILON)
-  unit, rate, gain = y * size, (2 * plan.scale * weight)[:, None], (1 + gain)[None]
-  error = key + unit * gain - value
-  pull = rate * error
-  inner = pull * gain
-  of_d = dd * size
-  common = mean(of_d * unit)
-  dinner = of_d - mean(of_d) - unit * common
-  dpull = dread * unit + dinner * gain
-  derror = rate * dpull + (2 * plan.scale * dloss)[:, None] * error
-  tilt = mean(inner * unit)
-  dunit = dread * pull - of_d * tilt - inner * common + derror * gain
-  dgain = jnp.sum(dinner * pull + derror * unit, 0)
-  stretch = mean(of_d * (inner - mean(inner) - unit * tilt) + dunit * unit)
-  dy = size * (dunit - stretch * unit)
-  return unit * pull, dy - mean(dy), derror, 2 * plan.scale * jnp.sum(dpull * error, 1), dgain
 
 
 def find_back_kernel(plan, refs, out):

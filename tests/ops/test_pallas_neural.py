@@ -14,17 +14,19 @@ from memjax.ops.neural_steps import Coefficients
 from tests.ops.inputs import quick
 from tests.ops.oracle import relative, rms
 
-CASES = {          # momentum, chunks, tokens a chunk, width, hidden channels, rows of the learned start, channels of a program
-    'first': ('first', 2, 16, 16, 32, 1, 16), 'one-chunk': ('none', 1, 16, 16, 32, 2, 32), 'nesterov': ('nesterov', 3, 32, 16, 64, 2, 16)}
+CASES = {          # momentum, chunks, tokens a chunk, width, hidden channels, rows of the start, is the gain slow, channels of a program
+    'first': ('first', 2, 16, 16, 32, 1, True, 16), 'fast-gain': ('first', 2, 16, 16, 32, 1, False, 16),
+    'one-chunk': ('none', 1, 16, 16, 32, 2, False, 32), 'nesterov': ('nesterov', 3, 32, 16, 64, 2, True, 16)}
 
 
 def inputs(name, *, dtype=np.float64, seed=0):
   """(rule, (start, memory, tokens, coefficients), full, fresh) with steps, coefficients and decays of exactly 0."""
-  momentum, N, C, K, F, rows, _ = CASES[name]
+  momentum, N, C, K, F, rows, is_slow, _ = CASES[name]
   rng, B, H = np.random.default_rng(seed), 2, 2 if rows == 1 else 1
   draw = lambda *shape: rng.normal(size=shape).astype(dtype)
-  rule = Rule(Network(K, K, hidden=F), momentum=momentum, dtype=jnp.float64 if dtype == np.float64 else jnp.bfloat16)
-  start = Weights({name: draw(rows, H, *shape) * 0.3 for name, shape in rule.network.fast.items()}, {})
+  rule = Rule(Network(K, K, hidden=F, slow_gain=is_slow), momentum=momentum, dtype=jnp.float64 if dtype == np.float64 else jnp.bfloat16)
+  start = Weights({name: draw(rows, H, *shape) * 0.3 for name, shape in rule.network.fast.items()},
+                  {name: draw(H, *shape) for name, shape in rule.network.slow.items()})
   memory = {name: tuple(draw(B, H, *shape) * 0.1 for _ in range(rule.levels)) for name, shape in rule.network.fast.items()}
   theta = rng.random((N, B, H, C)).astype(dtype) * (rng.random((N, B, H, C)) < 0.8)
   turn = np.triu(rng.random((N, B, H, rule.levels, rule.levels))).astype(dtype)
@@ -40,7 +42,7 @@ def run(name, given, *, detach=None, compiled=quick, has_gradients=True):
   """[(outputs, gradients of a random functional of them) of XLA, of the kernels]."""
   rule, arguments, full, fresh = given
   def by_xla(start, memory, chunks):
-    start = Weights({name: jnp.broadcast_to(a, (2, *a.shape[1:])) for name, a in start.fast.items()}, {})
+    start = Weights({name: jnp.broadcast_to(a, (2, *a.shape[1:])) for name, a in start.fast.items()}, start.slow)
     def write(memory, item):
       if detach is not None: memory = jax.tree.map(lambda a: jnp.where(item[0] == detach, jax.lax.stop_gradient(a), a), memory)
       return write_chunk(rule, start, memory, item[1])
@@ -83,7 +85,7 @@ def test_gradients_equal_those_of_xla(name):
 @pytest.mark.slow
 def test_gradients_stop_where_they_are_told_to():
   """Before chunk 1 nothing flows into the memory."""
-  given = inputs('nesterov')
+  given = inputs('fast-gain')
   with jax.enable_x64():
     (_, right), (_, grads) = run('nesterov', given, detach=1)
   for x, y in zip(jax.tree.leaves(grads), jax.tree.leaves(right), strict=True): assert relative(x, y) <= 1e-10
@@ -105,10 +107,10 @@ def flat(tree):
 def test_what_the_kernels_take():
   """Every other choice stays with XLA."""
   rule, (start, *_), *_ = inputs('first', dtype=np.float32)
-  assert pallas_neural.supports(rule, start, 64)
+  assert all(pallas_neural.supports(*inputs(name, dtype=np.float32)[0:1], start, 64) for name in CASES)
   rules = [{'mode': 'exact'}, {'loss': 'huber'}, {'momentum': 'muon'}, {'decay_to': 'zero'}, {'clip': 1.0}, {'first_order': True},
            {'gram': True}, {'pairs': 2}, {'dtype': jnp.float32}]
-  networks = [{'depth': 1}, {'depth': 3}, {'kind': 'swiglu'}, {'kind': 'linear'}, {'bias': True}, {'slow_gain': True}, {'residual': False},
+  networks = [{'depth': 1}, {'depth': 3}, {'kind': 'swiglu'}, {'kind': 'linear'}, {'bias': True}, {'residual': False},
               {'activation': 'gelu'}, {'hidden': 48}, {'hidden': 16}, {'key_width': 8}]
   other = [*rules, *({'network': dataclasses.replace(rule.network, **changes)} for changes in networks)]
   for changes in other: assert not pallas_neural.supports(dataclasses.replace(rule, **changes), start, 64), changes
