@@ -31,6 +31,7 @@ class NeuralNetConfig:
                      choices=('fast', 'slow'))
   bias: bool = option(False, 'fast biases: they shrink the stable step size many times')
   weight_norm: bool = option(False, 'rescale the columns of matrices at the end of a chunk to their norm at the start (mode block)')
+  per_head: bool = option(True, 'each head has a learned start of its own; otherwise all begin alike and differ by their keys and values')
   learn_init: bool = option(True, 'train the weights that every document starts from')
 
   def __post_init__(self):

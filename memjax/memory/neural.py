@@ -211,13 +211,14 @@ class Neural(NeuralStep):
     return y_BxLxE, new, {**aux, **self.monitors(new)}
 
   def monitors(self, state):
-    """Running means of the inner loss, the gradient norm and the shares clipped and written; |W - W_init| / |W_init|; without gradient."""
+    """Running means of inner loss, gradient norm and shares clipped and written; |W - W_init| and |S| over |W_init|; without gradient."""
     mean = {name: state.running_BxHxY[..., n].mean() for n, name in enumerate(self.running)}
     total = jnp.maximum(mean['weight'], 1e-9)
     size = lambda parts: jnp.sqrt(sum(jnp.sum(jnp.square(a)) for a in parts) + 1e-12)
     home = size(self.fast.values()) * state.slot_B.shape[0] ** 0.5
     told = {'inner_loss': mean['loss'] / total, 'surprise': mean['surprise'] / total,
             'weight_change': size(levels[0] for levels in state.fast.values()) / home}
+    if self.rule.levels > 1: told['momentum'] = size(a for levels in state.fast.values() for a in levels[1:]) / home
     if self.config.rule.clip: told['clipped'] = mean['clipped'] / total
     if self.config.gates.surprise: told['written'] = mean['written'] / total
     return {name: jax.lax.stop_gradient(a.astype(jnp.float32)) for name, a in told.items()}

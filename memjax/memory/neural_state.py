@@ -23,8 +23,10 @@ class NeuralStep(Memory):
     (H, _, V), net = self.shape, self.rule.network
     self.projections = NeuralProjections(c, self.width, self.dtype, self.std, self.lora, name='projections')
     init = lambda shape: nn.initializers.normal(shape[0] ** -0.5) if len(shape) > 1 else nn.initializers.zeros_init()
-    make = lambda name, shape: self.param(name, partitioned(init(shape), ('heads', *(None,) * len(shape))), (H, *shape))
-    self.fast = {name: make(f'start_{name}', shape) for name, shape in net.fast.items()}
+    def make(name, shape, heads=H):
+      return self.param(name, partitioned(init(shape), ('heads' if heads == H else None, *(None,) * len(shape))), (heads, *shape))
+    own = H if c.net.per_head else 1
+    self.fast = {name: jnp.broadcast_to(make(f'start_{name}', shape, own), (H, *shape)) for name, shape in net.fast.items()}
     self.slow = {name: make(f'slow_{name}', shape) for name, shape in net.slow.items()}
     if c.gates.row_factor: self.row = self.param('row', partitioned(nn.initializers.zeros_init(), ('heads', None)), (H, c.chunk))
     if c.write.persistent:

@@ -39,7 +39,7 @@ TABLE = [
     ({'net.kind': 'custom', 'net.function': 'halved'}, 'shape', {'net.expansion': 4}),
     (OFF, 'shape', {}), ({'proj.features': 'polynomial'}, 'shape', OFF), ({'proj.degree': 3}, 'shape', POLYNOMIAL),
      ({'net.residual': 'on'}, 'shape', MATRIX), ({'net.gain': 'fast'}, 'shape', {}),
-    ({'net.bias': True}, 'shape', {}), ({'net.learn_init': False}, 'grads', {}),
+    ({'net.bias': True}, 'shape', {}), ({'net.learn_init': False}, 'grads', {}), ({'net.per_head': False}, 'shape', {}),
     ({'net.weight_norm': True}, 'output', BLOCK), ({'rule.momentum': 'muon'}, 'output', BLOCK), (BLOCK, 'output', {}),
     ({'rule.mode': 'exact'}, 'output', MATRIX),
     *(({'rule.loss': name}, 'output', {}) for name in ('dot', 'huber', 'lp', 'kl')),
