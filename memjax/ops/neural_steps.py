@@ -100,17 +100,71 @@ def unroll(given: Steps, *, inside: bool = True) -> Coefficients:
 
   log2(C) elementwise levels whose largest array is the result. Without `inside` only what whole chunks do, O(C log C).
   """
-  C, size = given.push[0].shape[-1], len(given.push)
+  return _unroll_inside(given) if inside else _unroll(given, inside=False)
+
+
+def _pieces(given):
+  """(turns, pushes) of pieces of one token, [..., pieces, 1], filled up to a power of two by tokens that do nothing."""
+  C = given.push[0].shape[-1]
   padded = 1 << (C - 1).bit_length()
   def pad(a, value): return jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, padded - C)], constant_values=value)[..., None]
-  turn = {at: pad(a, float(at[0] == at[1])) for at, a in given.turn.items()}            # [..., pieces, tokens of a piece]
-  push = [pad(a, 0.0) for a in given.push]
+  return {at: pad(a, float(at[0] == at[1])) for at, a in given.turn.items()}, [pad(a, 0.0) for a in given.push]
+
+
+def _unroll(given, *, inside):
+  C, size = given.push[0].shape[-1], len(given.push)
+  turn, push = _pieces(given)                                                            # [..., pieces, tokens of a piece]
   weigh = push[0][..., None] if inside else None                                         # [..., pieces, tokens, tokens]
-  while push[0].shape[-1] < padded: turn, push, weigh = _join(turn, push, weigh)
+  while push[0].shape[-2] > 1: turn, push, weigh = _join(turn, push, weigh)
   whole = lambda a: a[..., 0, :C]
   reach = [whole(turn[0, q]) if (0, q) in turn else jnp.zeros_like(given.push[0]) for q in range(size)]
   return Coefficients(weigh[..., 0, :C, :C] if inside else None, jnp.stack(reach, -2),
                       dense({at: a[..., 0, -1] for at, a in turn.items()}, size), jnp.stack([whole(a) for a in push], -2))
+
+
+_unroll_inside = jax.custom_vjp(lambda given: _unroll(given, inside=True))
+
+
+def _between(given):
+  """Entries of turn_t .. turn_{i+1}, [..., C (t), C (i)]; 0 where i is later than t."""
+  C, (turn, push) = given.push[0].shape[-1], _pieces(given)
+  held = {at: jnp.full_like(a, float(at[0] == at[1]))[..., None] for at, a in turn.items()}
+  while push[0].shape[-2] > 1:
+    left, right = (lambda a: a[..., 0::2, :, :]), (lambda a: a[..., 1::2, :, :])
+    ahead, behind = {at: a[..., 1::2, :, None] for at, a in turn.items()}, {at: left(a)[..., -1:, :] for at, a in held.items()}
+    cross, (turn, push, _) = product(ahead, behind), _join(turn, push, None)
+    held = {at: jnp.concatenate([jnp.concatenate([left(a), jnp.zeros_like(left(a))], -1), jnp.concatenate([cross[at], right(a)], -1)], -2)
+            for at, a in held.items()}
+  return {at: a[..., 0, :C, :C] for at, a in held.items()}
+
+
+def _unroll_backward(given, ct):
+  """The gradient by sums over later tokens: that of the doubling adds up many small pieces, each an array of its own."""
+  held, size, last = _between(given), len(given.push), slice(-1, None)
+  multiply = lambda spec, a, b: jnp.einsum(spec, a, b, precision='highest')
+  entry = lambda at, rows=slice(None): held[at][..., rows, :] if at in held else 0.0
+  ends = lambda p, ct_rows: sum(entry((q, p), last)[..., 0, :] * ct_rows[q] for q in range(size) if (q, p) in held)
+  push = [(jnp.sum(entry((0, p)) * ct.weigh, -2) if (0, p) in held else 0.0) + ends(p, [ct.push[..., q, :] for q in range(size)])
+          for p in range(size)]
+  turn = dict.fromkeys(given.turn)
+  for q in range(size):
+    seen = sum(held[q, p] * given.push[p][..., None, :] for p in range(size) if (q, p) in held)        # row q of tokens before: pushes,
+    first = [sum(held[q, p][..., 0] * given.turn[p, r][..., :1] for p in range(size) if (q, p) in held and (p, r) in given.turn)
+             for r in range(size)]                                                                     # and the memory at the start
+    first = jnp.stack([jnp.zeros_like(given.push[0]) + a for a in first], -2)
+    one = jnp.zeros_like(first[..., :1]).at[..., q, :].set(1)
+    seen = jnp.pad(seen[..., :-1, :], [(0, 0)] * (seen.ndim - 2) + [(1, 0), (0, 0)])
+    first = jnp.concatenate([one, first[..., :-1]], -1)
+    met = multiply('...ti,...ji->...tj', ct.weigh, seen) + multiply('...rt,...rj->...tj', ct.reach, first)
+    whole = multiply('...pi,...ji->...pj', ct.push, seen) + multiply('...pr,...rj->...pj', ct.turn, first)
+    for p in range(size):
+      if (p, q) not in turn: continue
+      own = jnp.sum(held[0, p] * met, -2) if (0, p) in held else 0.0
+      turn[p, q] = own + ends(p, [whole[..., row, :] for row in range(size)])
+  return (Steps(turn, push),)
+
+
+_unroll_inside.defvjp(lambda given: (_unroll(given, inside=True), given), _unroll_backward)
 
 
 def _join(turn, push, weigh):
