@@ -3,6 +3,7 @@
 The state is the change of its weights since the learned start, their momenta, and the pending tokens of the current chunk as rank-1
 factors: weights are rewritten once a chunk, and every token still reads the weights after its own write.
 """
+import dataclasses
 from typing import Any
 
 import jax
@@ -27,8 +28,8 @@ class Neural(NeuralStep):
   def start(self, rows: int) -> ops.Weights:
     """The learned start for some rows, after the write of persistent tokens: a chunk of their own, from W_init and no momentum."""
     if not self.config.write.persistent: return super().start(rows)
-    home, rule, before = super().start(1), self.rule, self.reach[1]
-    count, wide = self.config.write.persistent, self.state_dtype
+    count, wide, before = self.config.write.persistent, self.state_dtype, self.reach[1]
+    home, rule = super().start(1), dataclasses.replace(self.rule, dtype=wide)          # once a call: rounded less
     tail = {name: jnp.zeros((1, *shape), wide) for name, shape in self.parts.tails.items()}
     items, _ = self.projections.items(self.projections(self.prefix[None].astype(self.dtype), jnp.arange(count)[None]), tail)
     spread = lambda front, back: jax.tree.map(lambda a: jnp.pad(a, ((0, 0), (front, back), *((0, 0),) * (a.ndim - 2))), items)
