@@ -101,24 +101,27 @@ def test_what_kernels_can_read():
   fits = lambda weigh, **options: supports(rule(**{**SIZES, **options}), weigh)
   for options in ({}, {'slow_gain': True}, {'activation': 'relu'}, {'decay_to': 'zero'}, {'clip': .5}, {'gram': True}, {'loss': 'dot'}):
     assert fits(weigh(16, 16), **options)
-  for shape in ((24, 24), (8, 8), (256, 256), (16, 18), (16, 32)): assert not fits(weigh(*shape))
+  for shape in ((24, 24), (8, 8), (128, 128), (16, 18), (16, 32)): assert not fits(weigh(*shape))
   for options in ({'kind': 'swiglu'}, {'depth': 3}, {'depth': 1}, {'bias': True}, {'residual': False}, {'hidden': 48},
                   {'hidden': 16}, {'activation': 'gelu'}, {'key_width': 8, 'value_width': 8}):
     assert not fits(weigh(16, 16), **options)
 
 
 @pytest.mark.slow
-def test_kernels_lower_for_a_gpu(monkeypatch):
+@pytest.mark.parametrize('options', [{'slow_gain': True}, {'activation': 'relu'}, {'activation': 'tanh'}])
+def test_kernels_lower_for_a_gpu(monkeypatch, options):
   """To Triton, forward and backward, at the sizes of the benchmark: every operation exists there."""
   monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
-  given, H, C, K, F, Q = Rule(Network(64, 64), dtype=jnp.bfloat16), 2, 64, 64, 256, 2
+  given, H, C, K, F, Q = Rule(Network(64, 64, **options), dtype=jnp.bfloat16), 2, 64, 64, 256, 2
   shape = lambda *size, dtype=jnp.bfloat16: jax.ShapeDtypeStruct((4, H, *size), dtype)
   wide = lambda *size: shape(*size, dtype=jnp.float32)
-  home = {name: wide(*size) for name, size in given.network.fast.items()}
+  home = Weights({name: wide(*size) for name, size in given.network.fast.items()},
+                 {name: jax.ShapeDtypeStruct((H, *size), jnp.float32) for name, size in given.network.slow.items()})
   seen = Prepared({'w_0': shape(C, K), 'w_1': shape(C, F)},
-                  {'w_0': (shape(Q * K + C, F),), 'w_1': (shape(F, Q * K), shape(C, K)), 'gain': (wide(Q, K), wide(C, K))})
-  def value(fast, seen, query, weigh, reach):
+                  {'w_0': (shape(Q * K + C, F),), 'w_1': (shape(F, Q * K), shape(C, K)), **({} if given.network.slow_gain else {'gain': (wide(Q, K), wide(C, K))})})
+  def value(start, seen, query, weigh, reach):
     made = Coefficients(weigh, reach, None, None)
-    return jnp.sum(read_prepared_fused(given, Weights(fast, {}), seen, query, coefficients=made).astype(jnp.float32))
+    return jnp.sum(read_prepared_fused(given, start, seen, query, coefficients=made).astype(jnp.float32))
   traced = jax.jit(jax.grad(value, range(5))).trace(home, seen, shape(C, K), wide(C, C), wide(Q, C))
+  assert supports(given, wide(C, C)) and not supports(dataclasses.replace(given, dtype=jnp.float32), wide(C, C))
   assert traced.lower(lowering_platforms=('cuda',)).as_text().count('xla.gpu.triton') == 4
