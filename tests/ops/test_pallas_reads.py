@@ -118,7 +118,8 @@ def test_kernels_lower_for_a_gpu(monkeypatch, options):
   home = Weights({name: wide(*size) for name, size in given.network.fast.items()},
                  {name: jax.ShapeDtypeStruct((H, *size), jnp.float32) for name, size in given.network.slow.items()})
   seen = Prepared({'w_0': shape(C, K), 'w_1': shape(C, F)},
-                  {'w_0': (shape(Q * K + C, F),), 'w_1': (shape(F, Q * K), shape(C, K)), **({} if given.network.slow_gain else {'gain': (wide(Q, K), wide(C, K))})})
+                  {'w_0': (shape(Q * K + C, F),), 'w_1': (shape(F, Q * K), shape(C, K)),
+                   **({} if given.network.slow_gain else {'gain': (wide(Q, K), wide(C, K))})})
   def value(start, seen, query, weigh, reach):
     made = Coefficients(weigh, reach, None, None)
     return jnp.sum(read_prepared_fused(given, start, seen, query, coefficients=made).astype(jnp.float32))
