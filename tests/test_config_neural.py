@@ -50,6 +50,8 @@ REFUSED = [
   (lambda: NeuralConfig(rule=EXACT), "rule.mode='exact' needs net.kind='linear' without residual, not 'mlp'"),
   (lambda: NeuralConfig(rule=EXACT, net=NeuralNetConfig(kind='linear', residual='on')), "rule.mode='exact' needs"),
   (lambda: NeuralConfig(rule=EXACT, net=MATRIX, gates=NeuralGatesConfig(theta_norm='chunk')), "gates.theta_norm='chunk' would make"),
+  (lambda: NeuralConfig(rule=NeuralRuleConfig(mode='block'), exec=NeuralExecConfig(backend='pallas')),
+   "exec.backend='pallas' computes rule.mode='token', not 'block'"),
   (lambda: NeuralConfig(exec=NeuralExecConfig(solver='lax')), "exec.solver applies to rule.mode='exact', not to 'token'"),
   (lambda: NeuralConfig(rule=NeuralRuleConfig(mode='block'), write=NeuralWriteConfig(window=2)), "write.window=2 needs rule.mode='token'"),
   (lambda: NeuralConfig(chunk=4, write=NeuralWriteConfig(window=5)), 'write.window=5 reaches back beyond one chunk=4'),

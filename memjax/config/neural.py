@@ -167,6 +167,8 @@ class NeuralExecConfig:
   group: int = option(0, 'chunks recomputed together in the backward pass; 0 = sqrt, -1 = keep everything', low=-1)
   unroll: int = option(0, 'chunks a step of the compiled loop; 0 = up to 4 on an accelerator, 1 on a CPU', low=0)
   solver: str = option('blocked', 'triangular solve of mode exact', choices=('blocked', 'lax'))
+  backend: str = option('auto', 'xla, the reference, or fused kernels (pallas: mode token in bfloat16, networks of two layers; a CPU '
+                        'interprets them); auto = kernels on a GPU wherever they can be had', choices=('auto', 'xla', 'pallas'))
 
 
 @mixer('neural')
@@ -231,6 +233,7 @@ class NeuralConfig:
     refuse(rule.mode == 'exact' and gates.theta_norm == 'chunk',
            "gates.theta_norm='chunk' would make the result of rule.mode='exact' depend on the chunk")
     refuse(net.weight_norm and rule.mode != 'block', f"net.weight_norm applies to rule.mode='block', not to {rule.mode!r}")
+    refuse(self.exec.backend == 'pallas' and rule.mode != 'token', f"exec.backend='pallas' computes rule.mode='token', not {rule.mode!r}")
     refuse(self.exec.solver != 'blocked' and rule.mode != 'exact', f"exec.solver applies to rule.mode='exact', not to {rule.mode!r}")
     refuse(write.window > 1 and rule.mode != 'token', f"write.window={write.window} needs rule.mode='token', not {rule.mode!r}")
     refuse(write.window > self.chunk, f'write.window={write.window} reaches back beyond one chunk={self.chunk}')

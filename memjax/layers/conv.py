@@ -47,8 +47,14 @@ def _tap(joined_BxMxE: jax.Array, taps: Taps, w: int, span: tuple[int, int]) -> 
     x = jnp.take_along_axis(joined_BxMxE, taps.source_BxNxW[:, start - width:start - width + size, w - 1, None], 1)
   else:
     x = jax.lax.slice_in_dim(joined_BxMxE, start - w, start - w + size, axis=1)
+  return _valid(x, taps, w, span)
+
+
+def _valid(x, taps, w, span):
+  """Tap w of the tokens of `span` where its source may be used, 0 elsewhere."""
   if taps.valid_BxNxW is None: return x
-  return jnp.where(taps.valid_BxNxW[:, start - width:start - width + size, w - 1, None], x, 0)
+  first = span[0] - taps.valid_BxNxW.shape[2]
+  return jnp.where(taps.valid_BxNxW[:, first:first + span[1], w - 1, None], x, 0)
 
 
 def short_conv(x_BxLxE: jax.Array, taps_WxE: jax.Array, tail_BxTxE: jax.Array, taps: Taps, *, dtype=None) -> jax.Array:
@@ -57,9 +63,12 @@ def short_conv(x_BxLxE: jax.Array, taps_WxE: jax.Array, tail_BxTxE: jax.Array, t
   The sum and y have `dtype`, that of x by default; what is shifted keeps that of x, whose values the tail holds.
   """
   T, L, wide = tail_BxTxE.shape[1], x_BxLxE.shape[1], dtype or x_BxLxE.dtype
-  joined = jnp.concatenate([tail_BxTxE.astype(x_BxLxE.dtype), x_BxLxE], 1)
+  tail = tail_BxTxE.astype(x_BxLxE.dtype)
   row = lambda w: taps_WxE[w].astype(wide).reshape(1, 1, -1)
-  return sum((row(w) * _tap(joined, taps, w, (T, L)).astype(wide) for w in range(1, T + 1)), row(0) * x_BxLxE.astype(wide))
+  def before(w):                                            # its own copy for each tap, which is read where it is used and never stored
+    if taps.source_BxNxW is not None or L < T: return _tap(jnp.concatenate([tail, x_BxLxE], 1), taps, w, (T, L))
+    return _valid(jnp.concatenate([tail[:, T - w:], x_BxLxE[:, :L - w]], 1), taps, w, (T, L))
+  return sum((row(w) * before(w).astype(wide) for w in range(1, T + 1)), row(0) * x_BxLxE.astype(wide))
 
 
 def next_tail(x_BxLxE: jax.Array, tail_BxTxE: jax.Array, taps: Taps) -> jax.Array:

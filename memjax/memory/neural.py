@@ -16,6 +16,7 @@ from memjax.memory.neural_state import NeuralStep
 from memjax.ops import neural as ops
 from memjax.ops.counts import cumulate
 from memjax.ops.nested_scan import nested_scan
+from memjax.ops.neural_backend import is_fused
 from memjax.ops.neural_layout import Layout, lay_out, rearrange
 from memjax.ops.neural_reads import find_factors
 from memjax.ops.neural_scan import Chunk, Told, scan_chunks
@@ -93,9 +94,9 @@ class Neural(NeuralStep):
     def prepare(state, inputs, tail):
       items, tail = self.projections.items(inputs, tail, written_BxL=None if whole else real_BxL, reset_BxL=reset_BxL)
       slots = self._in_slots(state, items, layout)
-      rows = jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), slots)
+      rows = jax.lax.optimization_barrier(jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), slots))
       halo = self._halo(state, rows, jnp.swapaxes(layout.fresh, 0, 1)) if before else None
-      gates, tokens = self.tokens(rows, halo)
+      gates, tokens = jax.lax.optimization_barrier(self.tokens(rows, halo))      # else small transposes are fused with large sums
       return slots, halo, tokens, self.plan(gates), jnp.swapaxes(rows.query, 2, 3), tail
     slots, halo, tokens, found, query, tail = jax.checkpoint(prepare)(state, inputs, old.tail)      # elementwise, cheap to do again
     chunks = Chunk(query, tokens, found, jnp.swapaxes(layout.full, 0, 1), jnp.swapaxes(layout.fresh, 0, 1))
@@ -112,8 +113,9 @@ class Neural(NeuralStep):
   def scan_all(self, start: ops.Weights, state: NeuralState, chunks: Chunk, layout: Layout) -> tuple[Any, tuple]:
     """(memory, (y [N, B, H, C, V], told)) of all chunks."""
     del layout
-    e = self.config.exec
-    return scan_chunks(self.rule, start, self.carried(state), chunks, group=e.group, unroll=e.unroll, detach=self.config.write.detach)
+    e, rule = self.config.exec, self.rule
+    if rule.mode == 'token' and is_fused(rule, chunks.tokens, chunks.query.shape[3]): start = self.start(1)   # one row, read by all
+    return scan_chunks(rule, start, self.carried(state), chunks, group=e.group, unroll=e.unroll, detach=self.config.write.detach)
 
   def decided(self, slots: NeuralItems, told: Told) -> NeuralItems:
     """Slots that say which of their tokens wrote."""

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax import struct
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from memjax.config.neural import NeuralConfig
 from memjax.layers.conv import find_taps, next_tail, short_conv
@@ -159,17 +160,17 @@ class NeuralProjections(nn.Module):
     """(items, next tails): convolution over written tokens of a document, activation, norm, and the pairing of keys and values."""
     p, (H, K, _) = self.config.proj, self.shape
     wide, L = jnp.promote_types(jnp.float32, self.dtype), inputs.gate_BxLxGxH.shape[1]
-    flow, new, streams = dict(written_BxL=written_BxL, reset_BxL=reset_BxL), dict(tail), inputs.streams
+    flow, new, streams = dict(written_BxL=written_BxL, reset_BxL=reset_BxL), dict(tail), tuple(map(row_major, inputs.streams))
     if p.conv_width:                                                 # each on its own: side by side they would be copied
       taps, sides = find_taps(p.conv_width, L, **flow), np.cumsum(self.channels)[:-1]
       each = list(zip(streams, jnp.split(self.taps, sides, -1), jnp.split(tail['stream'], sides, -1), strict=True))
       new['stream'] = jnp.concatenate([next_tail(x, before, taps) for x, _, before in each], -1)
-      streams = [short_conv(x, own, before, taps, dtype=wide) for x, own, before in each]
+      streams = [row_major(short_conv(x, own, before, taps, dtype=wide)) for x, own, before in each]
     streams = [jax.nn.silu(x.astype(wide)) if p.activation else x.astype(wide) for x in streams]
     cut = lambda a: a.reshape(*a.shape[:2], H, -1)
     query, key = (finished(a.reshape(*a.shape[:2], -1, K), self.config, inputs.position_BxL) for a in streams[:2])
     key, value, gate = cut(key), cut(streams[2]), inputs.gate_BxLxGxH
-    query, key, value = jax.lax.optimization_barrier(tuple(a.astype(self.dtype) for a in (query, key, value)))
+    query, key, value = jax.lax.optimization_barrier(tuple(row_major(a.astype(self.dtype)) for a in (query, key, value)))
     if p.lookahead:
       marked = jnp.concatenate([key.reshape(*key.shape[:2], -1), jnp.ones_like(key[..., 0, :1])], -1)
       taps = find_taps(2, key.shape[1], **flow)
@@ -178,6 +179,11 @@ class NeuralProjections(nn.Module):
       key = cut(before[..., :-1])
       gate = gate.at[:, :, -1].multiply(before[..., -1:].astype(gate.dtype))
     return NeuralItems(query, key, value, gate), new
+
+
+def row_major(x: jax.Array) -> jax.Array:
+  """x with its last axis contiguous in memory: XLA for GPUs would lay convolutions out by tokens, and copy them back and forth."""
+  return with_layout_constraint(x, Layout(tuple(range(x.ndim)))) if jax.default_backend() == 'gpu' else x
 
 
 def finished(x: jax.Array, config: NeuralConfig, position_BxL: jax.Array | None = None) -> jax.Array:

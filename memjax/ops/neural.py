@@ -27,7 +27,8 @@ class Rule:
   `grad_at` 'decayed' takes the error of mode 'exact' at the decayed memory; `weight_norm` (mode 'block') rescales each column of a
   matrix, where a chunk ends, to its norm at the learned start (LaCT); `pairs`: keys and values of each token; `refresh` (mode
   'chunk_gates'): chunks between the weights at which gradients are taken, 0 = always the learned ones; `gram` (mode 'token'): each
-  gradient is divided by what its inputs have in common with those of the chunk so far (`overlap`); `order`: momenta of a cascade."""
+  gradient is divided by what its inputs have in common with those of the chunk so far (`overlap`); `order`: momenta of a cascade;
+  `backend`: see `neural_backend`."""
   network: Network
   mode: str = 'token'
   loss: str = 'l2'
@@ -47,6 +48,7 @@ class Rule:
   refresh: int = 0
   gram: bool = False
   order: int = 0
+  backend: str = 'auto'
 
   @property
   def levels(self) -> int:

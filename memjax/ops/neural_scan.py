@@ -11,9 +11,13 @@ import jax
 import jax.numpy as jnp
 
 from memjax.ops.neural import Factors, Rule, Tokens, Weights, anchor, commit, factors, finish, is_matrix
+from memjax.ops.neural_backend import is_fused
 from memjax.ops.neural_reads import anchored_factors, find_factors, prepare, read_anchor, read_prepared
 from memjax.ops.neural_steps import Coefficients, Gates, coefficients, read_before, weights
 from memjax.ops.neural_whole import Whole, is_whole, read_whole, whole_coefficients, write_whole
+from memjax.ops.pallas_neural import write_chunks
+from memjax.ops.pallas_reads import read_prepared_fused
+from memjax.ops.pallas_reads import supports as can_read
 
 KEPT = 2 << 30                      # bytes of memories
 UNROLL = 4                           # on an accelerator: fewer copies of what a loop carries (1.2 to 1.4 times faster on an H200)
@@ -89,13 +93,25 @@ def token_chunks(rule: Rule, start: Weights, memory: dict, chunks: tuple, *, unr
   def write(memory, item):
     number, chunk = item
     return write_chunk(rule, start, _detached(memory, number, detach), chunk)
-  memory, (seen, told) = jax.lax.scan(write, memory, chunks, unroll=unroll)
+  fused = is_fused(rule, chunks[1].tokens, chunks[1].query.shape[3])
+  if fused: memory, (seen, told) = _fused_writes(rule, start, memory, chunks, detach=detach)
+  else: memory, (seen, told) = jax.lax.scan(write, memory, chunks, unroll=unroll)
   _, chunks = chunks
   N, B = chunks.full.shape
   fold = lambda tree: jax.tree.map(lambda a: a.reshape(N * B, *a.shape[2:]), tree)
   made = read_before(chunks.coefficients) if rule.read == 'before' else chunks.coefficients
-  y = read_prepared(rule, start, fold(seen), fold(chunks.query), coefficients=fold(made)).astype(chunks.query.dtype)
+  read = read_prepared_fused if fused and can_read(rule, made.weigh) else read_prepared
+  y = read(rule, start, fold(seen), fold(chunks.query), coefficients=fold(made)).astype(chunks.query.dtype)
   return memory, (y.reshape(N, B, *y.shape[1:]), told)
+
+
+def _fused_writes(rule, start, memory, chunks, *, detach):
+  """The scan of `write_chunk` by kernels."""
+  number_N, chunks = chunks
+  flow = jnp.broadcast_to((number_N % detach != 0)[:, None], chunks.fresh.shape) if detach else None
+  memory, (seen, (loss, norm)) = write_chunks(rule, start, memory, chunks.tokens, coefficients=chunks.coefficients, fresh=chunks.fresh,
+                                              flow=flow)
+  return memory, (seen, Told(loss, norm, jnp.ones_like(norm)))
 
 
 def only_full(chunks: Chunk) -> Chunk:

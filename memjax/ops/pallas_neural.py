@@ -172,16 +172,15 @@ def _write_backward(static, saved, cotangents):
 _write.defvjp(_write_forward, _write_backward)
 
 
-def supports(rule: Rule, start: Weights, chunk: int) -> bool:
-  """Whether the kernels can write chunks of so many tokens: two layers, silu, residual, l2, bf16 products, fp32 state."""
+def supports(rule: Rule, chunk: int) -> bool:
+  """Whether the kernels can write chunks of so many tokens: two layers, silu, residual, l2."""
   net = rule.network
   (K, F), *_ = net.widths if net.kind == 'mlp' else [(0, 0)]
   plain = not (rule.clip or rule.gram or rule.first_order or net.bias) and rule.pairs == 1
-  chosen = (rule.mode, rule.loss, rule.decay_to, net.kind, net.depth, net.activation, net.residual, net.value_width, rule.dtype)
+  chosen = (rule.mode, rule.loss, rule.decay_to, net.kind, net.depth, net.activation, net.residual, net.value_width)
   fitting = all(16 <= size <= most and not size & (size - 1) for size, most in ((K, 128), (F, 1 << 16), (chunk, 128)))
   return (plain and fitting and F > K and rule.momentum in ('none', 'first', 'nesterov')
-          and chosen == ('token', 'l2', 'init', 'mlp', 2, 'silu', True, K, jnp.bfloat16)
-          and all(a.dtype == jnp.float32 for a in jax.tree.leaves(start)))
+          and chosen == ('token', 'l2', 'init', 'mlp', 2, 'silu', True, K))
 
 
 def write_chunks(rule: Rule, start: Weights, memory: dict, tokens: Tokens, *, coefficients: Coefficients, fresh: jax.Array,

@@ -84,7 +84,7 @@ def countable(config: ModelConfig) -> ModelConfig:
   Neural memories count as the chunks that rows are made for, not as the form token by token.
   """
   def one(mixer):
-    if mixer.kind == 'neural': return dataclasses.replace(mixer, exec=dataclasses.replace(mixer.exec, aligned=True))
+    if mixer.kind == 'neural': return dataclasses.replace(mixer, exec=dataclasses.replace(mixer.exec, aligned=True, backend='xla'))
     if mixer.kind == 'holographic': return dataclasses.replace(mixer, form=dataclasses.replace(mixer.form, backend='xla'))
     if mixer.kind in ('attention', 'window'): return dataclasses.replace(mixer, backend='xla')
     if mixer.kind != 'bank' or mixer.form.kind in ('scan', 'dense'): return mixer

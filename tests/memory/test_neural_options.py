@@ -25,6 +25,7 @@ LOW, RAW = {'net.kind': 'low_rank'}, {'gates.theta_raw': True}
 TNT = {'rule.mode': 'tnt', 'locals.chunks': (3,), 'locals.shard': 6}
 TTT = {'rule.momentum': 'none', 'rule.forget': False}
 GATED = {**RAW, 'rule.mode': 'chunk_gates', 'rule.momentum': 'none'}
+KERNELS = {'key_width': 16, 'chunk': 16, 'net.expansion': 2}
 GELU, SECOND = {'net.activation': 'gelu'}, {'rule.momentum': 'second'}
 
 # (fields, what they change, the rest of the config where they apply); effects as in tests/memory/test_options.py, and
@@ -70,6 +71,7 @@ TABLE = [
     ({'exec.spare': 1}, 'trace', {}), ({'exec.aligned': True}, 'trace', {}),
     ({'exec.group': -1}, 'trace', {}), ({'exec.unroll': 2}, 'trace', {}),
     ({'exec.solver': 'lax'}, 'trace', EXACT),
+    ({'exec.backend': 'pallas'}, 'trace', KERNELS), ({'exec.backend': 'xla'}, 'trace', {**KERNELS, 'exec.backend': 'pallas'}),
 ]
 
 

@@ -106,12 +106,12 @@ def flat(tree):
 
 def test_what_the_kernels_take():
   """Every other choice stays with XLA."""
-  rule, (start, *_), *_ = inputs('first', dtype=np.float32)
-  assert all(pallas_neural.supports(*inputs(name, dtype=np.float32)[0:1], start, 64) for name in CASES)
+  rule, *_ = inputs('first', dtype=np.float32)
+  assert all(pallas_neural.supports(inputs(name, dtype=np.float32)[0], 64) for name in CASES)
   rules = [{'mode': 'exact'}, {'loss': 'huber'}, {'momentum': 'muon'}, {'decay_to': 'zero'}, {'clip': 1.0}, {'first_order': True},
-           {'gram': True}, {'pairs': 2}, {'dtype': jnp.float32}]
+           {'gram': True}, {'pairs': 2}]
   networks = [{'depth': 1}, {'depth': 3}, {'kind': 'swiglu'}, {'kind': 'linear'}, {'bias': True}, {'residual': False},
               {'activation': 'gelu'}, {'hidden': 48}, {'hidden': 16}, {'key_width': 8}]
   other = [*rules, *({'network': dataclasses.replace(rule.network, **changes)} for changes in networks)]
-  for changes in other: assert not pallas_neural.supports(dataclasses.replace(rule, **changes), start, 64), changes
-  assert not any(pallas_neural.supports(rule, start, chunk) for chunk in (8, 48, 256))
+  for changes in other: assert not pallas_neural.supports(dataclasses.replace(rule, **changes), 64), changes
+  assert not any(pallas_neural.supports(rule, chunk) for chunk in (8, 48, 256))

@@ -1,0 +1,34 @@
+"""Whether chunks of a neural memory are written and read by fused kernels or by XLA, the reference."""
+import jax
+import jax.numpy as jnp
+
+from memjax.config.errors import UserError
+from memjax.ops import pallas_neural
+from memjax.ops.neural import Rule, Tokens
+
+BACKENDS = ('auto', 'xla', 'pallas')
+
+
+def is_fused(rule: Rule, tokens: Tokens, size: int) -> bool:
+  """Whether the kernels write chunks of `size` tokens: rule.backend pallas | xla | auto = pallas on a GPU, wherever it can be had.
+
+  Raises UserError where backend='pallas' asks for what they cannot compute.
+  """
+  if rule.backend == 'xla': return False
+  reason = obstacle(rule, tokens, size)
+  if rule.backend == 'pallas' and reason: raise UserError(f"exec.backend='pallas' {reason}; use xla or auto")
+  return rule.backend == 'pallas' or (not reason and jax.default_backend() == 'gpu')
+
+
+def obstacle(rule: Rule, tokens: Tokens, size: int) -> str:
+  """Why the kernels cannot write these chunks, or ''."""
+  mesh, rows = jax.sharding.get_abstract_mesh(), tokens.weight.shape[-1]
+  reasons = {
+    'computes in bfloat16': rule.dtype != jnp.bfloat16 and jax.default_backend() != 'cpu',
+    'takes one step size for all tensors': tokens.rate is not None,
+    'takes steps that follow one token': rows != size * rule.pairs,
+    'runs on one device, or on the rows of each': bool(mesh.size > 1 and set(mesh.axis_names) - set(mesh.manual_axes)),
+    'computes two layers with silu and residual, loss l2 without clip, decay to the start and at most one momentum, one pair a '
+    'token, at sizes that are powers of two, 16 to 128': not pallas_neural.supports(rule, rows),
+  }
+  return next((text for text, holds in reasons.items() if holds), '')
