@@ -94,6 +94,8 @@ REFUSED = [
   (lambda: NeuralGatesConfig(surprise='norm'), "threshold=0 of surprise='norm' must be above 0"),
   (lambda: NeuralConfig(gates=NeuralGatesConfig(surprise='z'), rule=EXACT, net=MATRIX),
    "gates.surprise needs rule.mode 'token' or 'block'"),
+  (lambda: NeuralConfig(gates=NeuralGatesConfig(surprise='z'), exec=NeuralExecConfig(backend='pallas')),
+   "gates.surprise does not apply to exec.backend='pallas'"),
   (lambda: model(heads=7), 'mixers.mem.heads=7 does not divide width=64'),
 ]
 

@@ -233,6 +233,7 @@ class NeuralConfig:
     refuse(rule.mode == 'exact' and gates.theta_norm == 'chunk',
            "gates.theta_norm='chunk' would make the result of rule.mode='exact' depend on the chunk")
     refuse(net.weight_norm and rule.mode != 'block', f"net.weight_norm applies to rule.mode='block', not to {rule.mode!r}")
+    refuse(self.exec.backend == 'pallas' and gates.surprise != '', "gates.surprise does not apply to exec.backend='pallas'")
     refuse(self.exec.backend == 'pallas' and rule.mode != 'token', f"exec.backend='pallas' computes rule.mode='token', not {rule.mode!r}")
     refuse(self.exec.solver != 'blocked' and rule.mode != 'exact', f"exec.solver applies to rule.mode='exact', not to {rule.mode!r}")
     refuse(write.window > 1 and rule.mode != 'token', f"write.window={write.window} needs rule.mode='token', not {rule.mode!r}")
