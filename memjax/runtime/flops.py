@@ -80,7 +80,7 @@ def countable(config: ModelConfig) -> ModelConfig:
 
   The products are those of tiles, capacity and cudnn, which loop over as many tiles as the tokens need; what these compute
   again in their backward pass, and their padding, is not counted. The forms scan and dense, which read all chapters, stay.
-  Fused kernels of holographic memory and flash attention are counted as the forms in XLA, which they equal.
+  Fused kernels of holographic and neural memory and flash attention are counted as the forms in XLA, which they equal.
   Neural memories count as the chunks that rows are made for, not as the form token by token.
   """
   def one(mixer):

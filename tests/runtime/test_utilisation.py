@@ -20,8 +20,10 @@ def test_the_peak_is_that_of_all_devices():
 
 def test_kernels_are_counted_as_the_forms_that_they_equal():
   """What a kernel computes cannot be read off its call."""
-  found = countable(load('configs/hybrid_150m.py', 'model.mixers.near.backend=cudnn_rows', 'model.mixers.slots.form.backend=pallas').model)
-  assert found.mixers['near'].backend == found.mixers['slots'].form.backend == 'xla' and found.mixers['learns'].exec.aligned
+  found = countable(load('configs/hybrid_150m.py', 'model.mixers.near.backend=cudnn_rows', 'model.mixers.slots.form.backend=pallas',
+                         'model.mixers.learns.exec.backend=pallas').model)
+  near, slots, learns = (found.mixers[name] for name in ('near', 'slots', 'learns'))
+  assert near.backend == slots.form.backend == learns.exec.backend == 'xla' and learns.exec.aligned
 
 
 def test_a_token_costs_three_forward_passes():
