@@ -58,19 +58,25 @@ def test_reading_alone_leaves_the_state_bit_equal(memory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('mode', ['token', 'exact', 'block', 'muon', 'omega', 'gram', 'attention', 'chunk_gates', 'tnt'])
+@pytest.mark.parametrize('mode', ['token', 'exact', 'block', 'muon', 'omega', 'gram', 'attention', 'chunk_gates', 'tnt', 'surprise',
+                                  'cascade'])
 def test_every_prefix_then_steps(mode):
   """A prompt of any length, then token by token, is one call: outputs and final state, ragged rows, in float64."""
   length = 4 * C + 3
   with jax.enable_x64():
-    own = {'muon': 'block', 'attention': 'block', 'omega': 'token', 'gram': 'token'}.get(mode, mode)
-    rule = NeuralRuleConfig(mode=own, momentum='muon' if mode == 'muon' else 'first')
+    own = {'muon': 'block', 'attention': 'block', 'omega': 'token', 'gram': 'token', 'surprise': 'token',
+           'cascade': 'token'}.get(mode, mode)
+    rule = NeuralRuleConfig(mode=own, momentum=mode if mode in ('muon', 'cascade') else 'first')
     more = {'omega': dict(write=NeuralWriteConfig(window=3, pairs=2, per_tensor=True)),
             'gram': dict(gates=NeuralGatesConfig(theta_norm='gram')),
             'chunk_gates': dict(gates=NeuralGatesConfig(theta_raw=True, theta_base=.1), write=NeuralWriteConfig(refresh=2)),
+            'surprise': dict(gates=NeuralGatesConfig(surprise='z')),
+            'cascade': dict(gates=NeuralGatesConfig(order=3), write=NeuralWriteConfig(persistent=2),
+                            proj=NeuralProjConfig(features='polynomial', rope='chunk')),
             'tnt': dict(locals=NeuralLocalsConfig(chunks=(2, 4), shard=8))}.get(mode, {})
     kind = {'exact': 'linear', 'attention': 'attention'}.get(mode, 'mlp')
-    config = dataclasses.replace(BASE, rule=rule, net=NeuralNetConfig(kind=kind), **more)
+    net = NeuralNetConfig(kind=kind, residual='off' if mode == 'cascade' else '')
+    config = dataclasses.replace(BASE, rule=rule, net=net, **more)
     module = make_memory(config, D, dtype=jnp.float64)
     x = jax.random.normal(jax.random.key(1), (B, length, D), jnp.float64)
     position = jnp.broadcast_to(jnp.arange(length)[None], (B, length))
