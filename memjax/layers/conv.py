@@ -63,12 +63,16 @@ def short_conv(x_BxLxE: jax.Array, taps_WxE: jax.Array, tail_BxTxE: jax.Array, t
   The sum and y have `dtype`, that of x by default; what is shifted keeps that of x, whose values the tail holds.
   """
   T, L, wide = tail_BxTxE.shape[1], x_BxLxE.shape[1], dtype or x_BxLxE.dtype
-  tail = tail_BxTxE.astype(x_BxLxE.dtype)
   row = lambda w: taps_WxE[w].astype(wide).reshape(1, 1, -1)
-  def before(w):                                            # its own copy for each tap, which is read where it is used and never stored
-    if taps.source_BxNxW is not None or L < T: return _tap(jnp.concatenate([tail, x_BxLxE], 1), taps, w, (T, L))
-    return _valid(jnp.concatenate([tail[:, T - w:], x_BxLxE[:, :L - w]], 1), taps, w, (T, L))
-  return sum((row(w) * before(w).astype(wide) for w in range(1, T + 1)), row(0) * x_BxLxE.astype(wide))
+  shift = lambda a, before, after: jax.lax.pad(a, jnp.zeros((), a.dtype), [(0, 0, 0), (before, after, 0), (0, 0, 0)])
+  def older(x):                                                                # what the tokens before, those of the tail too, give to x
+    joined = jnp.concatenate([tail_BxTxE.astype(x.dtype), x], 1)
+    return sum((row(w) * _tap(joined, taps, w, (T, x.shape[1])).astype(wide) for w in range(1, T + 1)), jnp.zeros((), wide))
+  own = row(0) * x_BxLxE.astype(wide)
+  if taps.source_BxNxW is not None or L <= T: return own + older(x_BxLxE)
+  # XLA stores what is concatenated, but not what is padded: the tail on its own
+  near = (row(w) * _valid(shift(x_BxLxE, w, -w), taps, w, (T, L)).astype(wide) for w in range(1, T + 1))
+  return sum(near, own) + shift(older(jnp.zeros_like(x_BxLxE[:, :T])), 0, L - T)
 
 
 def next_tail(x_BxLxE: jax.Array, tail_BxTxE: jax.Array, taps: Taps) -> jax.Array:
