@@ -40,9 +40,9 @@ def case(text: str) -> tuple[str, int, int, str]:
 
 
 def config_of(mode: str, chunk: int, heads: int, group: int = 0) -> NeuralConfig:
-  """The memory of a row: the defaults, one matrix in mode exact."""
+  """The memory of a row: the defaults, for rows that fit their chunks, as in training; one matrix in mode exact."""
   net = NeuralNetConfig(kind='linear') if mode == 'exact' else NeuralNetConfig()
-  return NeuralConfig(heads=heads, chunk=chunk, net=net, rule=NeuralRuleConfig(mode=mode), exec=NeuralExecConfig(group=group))
+  return NeuralConfig(heads=heads, chunk=chunk, net=net, rule=NeuralRuleConfig(mode=mode), exec=NeuralExecConfig(group=group, aligned=True))
 
 
 def job(config: NeuralConfig, rows: int, length: int, width: int, dtype: Any) -> dict[str, tuple]:
