@@ -30,7 +30,7 @@ from memjax.runtime.utilisation import step_share
 from memjax.runtime.workarounds import avoid_crash
 
 CONFIGS = pathlib.Path(__file__).parent.parent / 'configs'
-JOBS = 'hybrid:16x4096,attention:16x4096,hybrid:2x32768,attention:2x32768'
+JOBS = 'hybrid:32x4096 attention:32x4096 hybrid:4x32768 attention:4x32768'
 WHOLE = {'hybrid': ('model.mixers.learns.exec.aligned=true', 'model.mixers.near.backend=cudnn_rows'),       # rows are one text each
          'attention': ('model.mixers.attention.backend=cudnn_rows',)}
 SMALL = {'hybrid': ('model.mixers.near.heads=2', 'model.mixers.near.window=8', 'model.mixers.slots.heads=2', 'model.mixers.slots.slots=4',
@@ -136,14 +136,13 @@ def targets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def arguments(argv: list[str] | None) -> argparse.Namespace:
   """What was asked for."""
   made = common.parser('hybrid', __doc__)
-  made.add_argument('--jobs', type=lambda text: [job(one) for one in common.words(text)], default=[],
-                    help=f'MODEL:ROWSxLENGTH[:override ...] separated by commas; default {JOBS}')
+  made.add_argument('--jobs', type=job, nargs='*', default=[], help=f'MODEL:ROWSxLENGTH[:override ...]; default {JOBS}')
   made.add_argument('--set', action='append', default=[], help="override of the configs of all jobs, such as model.mixers.near.window=256")
   made.add_argument('--steps', type=int, default=0, help='steps a lot; default 6 (1 with --small)')
   made.add_argument('--profile', action='store_true', help='where the time of a step goes, by kernel (GPUs)')
   made.add_argument('--threads', type=int, default=1, help='programs compiled at the same time, while others may be timed')
   a = made.parse_args(argv)
-  a.jobs = a.jobs or [job(one) for one in ('hybrid:2x32,attention:2x32' if a.small else JOBS).split(',')]
+  a.jobs = a.jobs or [job(one) for one in ('hybrid:2x32 attention:2x32' if a.small else JOBS).split()]
   a.steps = a.steps or (1 if a.small else 6)
   return a
 

@@ -25,7 +25,7 @@ def hybrid(result: dict[str, Any], table) -> list[str]:
     if 'profile' not in row: continue
     found = row['profile']
     lines += [f'Kernels of one step of {row["model"]} at {row["length"]:,} tokens, {found["ms"]:.0f} ms in all, by kind and by part of the '
-              'model (matrix products are not told apart by part):']
+              'model; in a run of its own, without command buffers, which is slower by little:']
     lines += table([{'name': f'{what}: {name}', 'ms': ms} for what in ('kinds', 'parts') for name, ms in found[what].items() if ms >= 0.05],
                    {'': 'name', 'ms': 'ms'})
   return lines
