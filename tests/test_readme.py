@@ -188,6 +188,19 @@ def test_numbers_of_the_readme_are_those_measured():
   assert f'{first["B"] * first["L"]:,} tokens, {first["H"]} heads x {first["K"]}, {first["S"]} slots' in head[0]
 
 
+def test_training_and_batches_of_the_readme_are_those_measured():
+  read = lambda name: measured(f'{name}-h200')['rows']
+  speed = {(row['model'], row['length']): row for row in read('hybrid') if not row['overrides']}
+  rate = {row['row']: row['tokens_per_second'] for row in read('decode-batch64')}
+  fast, near = (speed['hybrid', length]['tokens_per_second'] for length in (32_768, 4096))
+  times = [own / speed['attention', length]['tokens_per_second'] for own, length in ((fast, 32_768), (near, 4096))]
+  peer = max(value for name, value in rate.items() if name.startswith('attention'))
+  mfu = f'{speed["hybrid", 4096]["mfu"]:.3f}'.removeprefix('0')
+  wanted = (f'{round(fast, -3):,.0f} tokens/s', f'{times[0]:.2f}x an attention transformer',
+            f'decodes {rate["holographic"] / peer:.0f}x as fast', f'{round(near, -3):,.0f} ({times[1]:.2f}x, MFU {mfu})')
+  assert not [text for text in wanted if text not in ' '.join(README.split())]
+
+
 def test_scores_of_the_readme_are_those_measured():
   names = ('language-wikitext2-h200', 'language-wikitext2-holographic-h200')
   rows = {row['model']: row for name in names for row in measured(name)['rows']}
