@@ -1,4 +1,5 @@
 """From the layer's input to what the neural memory learns from: queries, keys, values and gates."""
+import functools
 import math
 from typing import Any
 
@@ -165,7 +166,7 @@ class NeuralProjections(nn.Module):
       taps, sides = find_taps(p.conv_width, L, **flow), np.cumsum(self.channels)[:-1]
       each = list(zip(streams, jnp.split(self.taps, sides, -1), jnp.split(tail['stream'], sides, -1), strict=True))
       new['stream'] = jnp.concatenate([next_tail(x, before, taps) for x, _, before in each], -1)
-      streams = [row_major(short_conv(x, own, before, taps, dtype=wide)) for x, own, before in each]
+      streams = [narrow_gradient(x.dtype, short_conv(x, own, before, taps, dtype=wide)) for x, own, before in each]
     streams = [jax.nn.silu(x.astype(wide)) if p.activation else x.astype(wide) for x in streams]
     cut = lambda a: a.reshape(*a.shape[:2], H, -1)
     query, key = (finished(a.reshape(*a.shape[:2], -1, K), self.config, inputs.position_BxL) for a in streams[:2])
@@ -184,6 +185,16 @@ class NeuralProjections(nn.Module):
 def row_major(x: jax.Array) -> jax.Array:
   """x with its last axis contiguous in memory: XLA for GPUs would lay convolutions out by tokens, and copy them back and forth."""
   return with_layout_constraint(x, Layout(tuple(range(x.ndim)))) if jax.default_backend() == 'gpu' else x
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def narrow_gradient(dtype: Any, x: jax.Array) -> jax.Array:
+  """x, row-major; its gradient is rounded to `dtype` and stored once, for the several sums that read it."""
+  return row_major(x)
+
+
+narrow_gradient.defvjp(lambda dtype, x: (row_major(x), None),
+                       lambda dtype, _, g: (row_major(jax.lax.optimization_barrier(g.astype(dtype))).astype(g.dtype),))
 
 
 def finished(x: jax.Array, config: NeuralConfig, position_BxL: jax.Array | None = None) -> jax.Array:
