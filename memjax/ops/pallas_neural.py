@@ -40,7 +40,7 @@ class Arrays(NamedTuple):
 
 
 # Measured on an H200 (docs/performance.md): by chunks of up to 64 tokens, and of 128.
-SHORT, LONG = Launch(), Launch(8, 8, 8, 8, 16, 8)
+SHORT, LONG = Launch(), Launch(8, 8, 4, 8, 16, 8)
 TOKENS = ('at', 'key', 'value', 'weight', 'push', 'turn')
 FORWARD = {
   'meet_kernel': Arrays(('at', 'hold', 'key', 'init_up', 'init_down', 'up0', 'down0'), ('h', 'slope', 'bend'), ('part', 'anchor'), 1),
