@@ -16,6 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+SUMS = 128                           # longest chunk whose gradient is taken by sums over later tokens, which need C^3 operations
 MOMENTA = ('none', 'first', 'nesterov', 'cascade', 'muon')
 
 
@@ -100,7 +101,8 @@ def unroll(given: Steps, *, inside: bool = True) -> Coefficients:
 
   log2(C) elementwise levels whose largest array is the result. Without `inside` only what whole chunks do, O(C log C).
   """
-  return _unroll_inside(given) if inside else _unroll(given, inside=False)
+  C = given.push[0].shape[-1]
+  return _unroll_inside(given) if inside and C <= SUMS else _unroll(given, inside=inside)
 
 
 def _pieces(given):
