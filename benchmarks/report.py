@@ -240,7 +240,7 @@ CAPTIONS = {**report_text.CAPTIONS, **report_neural.CAPTIONS, **report_banks.CAP
 ABOUT = {**report_text.ABOUT, **report_banks.ABOUT, **report_hosts.ABOUT, **report_neural.ABOUT, **report_context.ABOUT,
          **report_scaling.ABOUT, **report_kernels.ABOUT, **report_hybrid.ABOUT}
 READINGS = {**report_text.READINGS, **report_banks.READINGS, **report_hosts.READINGS, **report_neural.READINGS,
-            **report_context.READINGS}
+            **report_context.READINGS, **report_hybrid.READINGS}
 SECTIONS = (                                # title, benchmark, key that must hold something, body, figure
   ('Mixing', 'holographic', 'rows', mixing, 'mixing'), ('Fused kernels', 'kernels', 'rows', kernels, ''),
   ('Whole layers', 'holographic', 'layers', layers, ''),
