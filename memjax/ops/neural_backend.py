@@ -6,18 +6,23 @@ from memjax.config.errors import UserError
 from memjax.ops import pallas_neural
 from memjax.ops.neural import Rule, Tokens
 
-BACKENDS = ('auto', 'xla', 'pallas')
+WIDEST = 64                          # channels of a key at which the kernels were timed; wider tiles may not fit shared memory
 
 
 def is_fused(rule: Rule, tokens: Tokens, size: int) -> bool:
-  """Whether the kernels write chunks of `size` tokens: rule.backend pallas | xla | auto = pallas on a GPU, wherever it can be had.
+  """Whether the kernels write chunks of `size` tokens: rule.backend pallas | xla | auto = pallas where it was timed, if it can be had.
 
   Raises UserError where backend='pallas' asks for what they cannot compute.
   """
   if rule.backend == 'xla': return False
   reason = obstacle(rule, tokens, size)
   if rule.backend == 'pallas' and reason: raise UserError(f"exec.backend='pallas' {reason}; use xla or auto")
-  return rule.backend == 'pallas' or (not reason and jax.default_backend() == 'gpu')
+  return rule.backend == 'pallas' or (not reason and rule.network.key_width <= WIDEST and _is_hopper())
+
+
+def _is_hopper():
+  """Whether this is a GPU with as much shared memory a multiprocessor as those that the kernels were timed on."""
+  return jax.default_backend() == 'gpu' and getattr(jax.devices()[0], 'compute_capability', '') == '9.0'
 
 
 def obstacle(rule: Rule, tokens: Tokens, size: int) -> str:
