@@ -164,7 +164,8 @@ class NeuralExecConfig:
   spare: int = option(0, 'chunks a row may spend on documents that begin inside it and on calls that begin inside a chunk', low=0)
   aligned: bool = option(False, 'the rows of training always fit into their chunks (documents begin with a row, or `spare` has room for '
                          'them): the form token by token, half of what is compiled, is left out, and what breaks this reads NaN')
-  group: int = option(0, 'chunks recomputed together in the backward pass; 0 = sqrt, -1 = keep everything', low=-1)
+  group: int = option(0, 'chunks recomputed together in the backward pass; 0 = automatic (none where all memories take 2 GiB or less), '
+                      '-1 = none', low=-1)
   unroll: int = option(0, 'chunks a step of the compiled loop; 0 = up to 4 on an accelerator, 1 on a CPU', low=0)
   solver: str = option('blocked', 'triangular solve of mode exact', choices=('blocked', 'lax'))
   backend: str = option('auto', 'xla, the reference, or fused kernels (pallas: mode token in bfloat16, networks of two layers; a CPU '
