@@ -166,6 +166,8 @@ class NeuralExecConfig:
                          'them): the form token by token, half of what is compiled, is left out, and what breaks this reads NaN')
   group: int = option(0, 'chunks recomputed together in the backward pass; 0 = automatic (none where all memories take 2 GiB or less), '
                       '-1 = none', low=-1)
+  remat: str = option('products', 'what the gradient of a chunk keeps where XLA computes it: its matrix products, nothing, or all',
+                      choices=('products', 'nothing', 'all'))
   unroll: int = option(0, 'chunks a step of the compiled loop; 0 = up to 4 on an accelerator, 1 on a CPU', low=0)
   solver: str = option('blocked', 'triangular solve of mode exact', choices=('blocked', 'lax'))
   backend: str = option('auto', 'xla, the reference, or fused kernels (pallas: mode token in bfloat16, networks of two layers; a CPU '

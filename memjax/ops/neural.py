@@ -28,7 +28,7 @@ class Rule:
   matrix, where a chunk ends, to its norm at the learned start (LaCT); `pairs`: keys and values of each token; `refresh` (mode
   'chunk_gates'): chunks between the weights at which gradients are taken, 0 = always the learned ones; `gram` (mode 'token'): each
   gradient is divided by what its inputs have in common with those of the chunk so far (`overlap`); `order`: momenta of a cascade;
-  `backend`: see `neural_backend`."""
+  `backend`: see `neural_backend`; `remat`: what the gradient of a chunk keeps (`neural_scan`)."""
   network: Network
   mode: str = 'token'
   loss: str = 'l2'
@@ -49,6 +49,7 @@ class Rule:
   gram: bool = False
   order: int = 0
   backend: str = 'auto'
+  remat: str = 'products'
 
   @property
   def levels(self) -> int:

@@ -19,7 +19,9 @@ from memjax.ops.pallas_neural import write_chunks
 from memjax.ops.pallas_reads import read_prepared_fused
 from memjax.ops.pallas_reads import supports as can_read
 
-KEPT = 2 << 30                      # bytes of memories
+KEPT = 2 << 30                      # bytes that the memories of all chunks may take before groups are recomputed
+REMAT = {'products': jax.checkpoint_policies.dots_saveable, 'nothing': jax.checkpoint_policies.nothing_saveable,
+         'all': jax.checkpoint_policies.everything_saveable}
 UNROLL = 4                           # on an accelerator: fewer copies of what a loop carries (1.2 to 1.4 times faster on an H200)
 
 
@@ -74,16 +76,16 @@ def _emptied(chunk, memory):
 
 
 def write_chunk(rule: Rule, start: Weights, memory: dict, chunk: Chunk) -> tuple[dict, tuple]:
-  """(memory, (what its tokens read, told)) of a chunk whose tokens read the exact W_t. Its gradient keeps memories in the compute dtype,
-  and products; the rest is computed again."""
+  """(memory, (what its tokens read, told)) of a chunk whose tokens read the exact W_t. Its gradient keeps memories in the compute dtype;
+  the rest is computed again as `rule.remat` says."""
   memory, tokens = _emptied(chunk, memory), chunk.tokens
   slim = {name: tuple(a.astype(rule.dtype) for a in levels) if is_matrix(name) else levels for name, levels in memory.items()}
   if rule.mode == 'exact':
     find = lambda memory, tokens, made: find_factors(rule, start, memory, tokens, coefficients=made)
-    found = _cheap_again(find)(memory, tokens, chunk.coefficients)
+    found = _again(rule, find)(memory, tokens, chunk.coefficients)
   else:
     weights = {name: a.astype(rule.dtype) if is_matrix(name) else a for name, a in anchor(start, memory).items()}
-    found = _cheap_again(lambda weights, tokens: anchored_factors(rule, weights, start.slow, tokens))(weights, tokens)
+    found = _again(rule, lambda weights, tokens: anchored_factors(rule, weights, start.slow, tokens))(weights, tokens)
   new = commit(rule, start, memory, found=found, coefficients=chunk.coefficients, slim=slim)
   return new, (prepare(rule, start, slim if rule.decay_to == 'init' else memory, found), tell(rule, found, chunk.query.shape[2]))
 
@@ -154,16 +156,16 @@ def _scanned(rule, start, memory, chunks, *, step, unroll, detach=0):
   def body(memory, item):
     number, chunk = item
     return step(rule, start, _detached(memory, number, detach), chunk)
-  return jax.lax.scan(_cheap_again(body), memory, chunks, unroll=unroll)
+  return jax.lax.scan(_again(rule, body), memory, chunks, unroll=unroll)
 
 
 def _detached(memory, number, detach):
   return jax.tree.map(lambda a: jnp.where(number % detach == 0, jax.lax.stop_gradient(a), a), memory) if detach else memory
 
 
-def _cheap_again(body):
-  """The same; its gradient keeps products and computes the rest again."""
-  return jax.checkpoint(body, prevent_cse=False, policy=jax.checkpoint_policies.dots_saveable)
+def _again(rule, body):
+  """The same; its gradient keeps what `rule.remat` says, and computes the rest again."""
+  return jax.checkpoint(body, prevent_cse=False, policy=REMAT[rule.remat])
 
 
 def scan_chunks(rule: Rule, start: Weights, memory: Any, chunks: Chunk, *, group: int = 0, unroll: int = 0,

@@ -69,7 +69,8 @@ TABLE = [
     ({'proj.qk_norm': 'none'}, 'output', {}), ({'proj.lookahead': True}, 'output', {}), ({'proj.out_norm': False}, 'shape', {}),
     ({'proj.out_gate': ''}, 'shape', {}), ({'proj.out_gate': 'sigmoid'}, 'output', {}),
     ({'exec.spare': 1}, 'trace', {}), ({'exec.aligned': True}, 'trace', {}),
-    ({'exec.group': -1}, 'trace', {}), ({'exec.unroll': 2}, 'trace', {}),
+    *(({'exec.remat': name}, 'trace', {}) for name in ('nothing', 'all')), ({'exec.unroll': 2}, 'trace', {}),
+    ({'exec.group': 2}, 'trace', {}), ({'exec.group': -1}, 'trace', {'exec.group': 2}),
     ({'exec.solver': 'lax'}, 'trace', EXACT),
     ({'exec.backend': 'pallas'}, 'trace', KERNELS), ({'exec.backend': 'xla'}, 'trace', {**KERNELS, 'exec.backend': 'pallas'}),
 ]

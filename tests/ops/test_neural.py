@@ -70,6 +70,17 @@ def test_chunks_equal_the_loop(name):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('mode', ['token', 'block'])
+def test_groups_and_what_is_kept_change_nothing(mode):
+  """Five chunks in groups of two, the last of which is filled up, and all at once."""
+  with jax.enable_x64():
+    arguments = problem(rule(mode=mode))
+    want = run(mix, rule(mode=mode), arguments, chunk=3, group=-1)
+    for remat, group in (('products', 2), ('nothing', 2), ('all', -1)):
+      assert furthest(run(mix, rule(mode=mode, remat=remat), arguments, chunk=3, group=group), want) <= 1e-12
+
+
+@pytest.mark.slow
 def test_exact_does_not_depend_on_the_chunk():
   given = rule(mode='exact', **LINEAR)
   with jax.enable_x64():
