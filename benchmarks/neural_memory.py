@@ -27,22 +27,23 @@ FUNCTIONS = {'token': 'gradients at the chunk start, reads of every token', 'blo
              'refreshed': 'gradients at the weights of every chunk, pooled gates'}
 TARGETS = {64: 20.0, 0: 12.0}          # ms of forward + backward, token mode at 16,384 tokens: at chunk 64, at the best chunk
 PEAK_GIB = 16.4e9 / 3 / 2 ** 30
-SMALL = (('token', 64, 512, ''), ('block', 128, 512, ''), ('exact', 64, 512, ''))
+SMALL = (('token', 64, 512, ''), ('token', 64, 512, ':1'), ('token', 64, 512, ':3'), ('token', 64, 512, ':4'), ('token', 16, 512, ''),
+         ('token', 64, 2048, ''), ('block', 128, 512, ''), ('exact', 64, 512, ''))
 LARGE = (('token', 64, 2048, 'bfloat16'), ('token', 128, 2048, 'bfloat16'), ('token', 256, 2048, 'bfloat16'),
-         ('token', 64, 2048, 'float32'), ('token', 128, 8192, 'bfloat16'), ('block', 256, 2048, 'bfloat16'),
-         ('block', 1024, 2048, 'bfloat16'), ('exact', 64, 2048, 'bfloat16'))
+         ('token', 64, 2048, 'bfloat16:1'), ('token', 64, 2048, 'bfloat16:4'), ('token', 64, 2048, 'float32'),
+         ('token', 128, 8192, 'bfloat16'), ('block', 256, 2048, 'bfloat16'), ('block', 1024, 2048, 'bfloat16'), ('exact', 64, 2048, 'bfloat16'))
 
 
-def case(text: str) -> tuple[str, int, int, str]:
-  """(mode, chunk, tokens of a row, dtype) of 'token:64:2048:bfloat16'."""
-  mode, chunk, length, dtype = text.split(':')
-  return mode, int(chunk), int(length), dtype
+def case(text: str) -> tuple[str, int, int, str, int]:
+  """(mode, chunk, tokens of a row, dtype, layers) of 'token:64:2048:bfloat16' or, with three layers, 'token:64:2048:bfloat16:3'."""
+  mode, chunk, length, dtype, depth = text.split(':') if text.count(':') == 4 else (*text.split(':'), 2)
+  return mode, int(chunk), int(length), dtype, int(depth)
 
 
-def config_of(mode: str, chunk: int, heads: int, group: int = 0) -> NeuralConfig:
+def config_of(mode: str, chunk: int, heads: int, depth: int = 2) -> NeuralConfig:
   """The memory of a row: the defaults, for rows that fit their chunks, as in training; one matrix in mode exact."""
-  net = NeuralNetConfig(kind='linear') if mode == 'exact' else NeuralNetConfig()
-  return NeuralConfig(heads=heads, chunk=chunk, net=net, rule=NeuralRuleConfig(mode=mode), exec=NeuralExecConfig(group=group, aligned=True))
+  net = NeuralNetConfig(kind='linear') if mode == 'exact' else NeuralNetConfig(depth=depth)
+  return NeuralConfig(heads=heads, chunk=chunk, net=net, rule=NeuralRuleConfig(mode=mode), exec=NeuralExecConfig(aligned=True))
 
 
 def job(config: NeuralConfig, rows: int, length: int, width: int, dtype: Any) -> dict[str, tuple]:
@@ -61,13 +62,13 @@ def job(config: NeuralConfig, rows: int, length: int, width: int, dtype: Any) ->
 def jax_rows(a: Any) -> list[dict[str, Any]]:
   """Times of our rows."""
   jobs = {}
-  for mode, chunk, length, dtype in a.cases:
-    for name, made in job(config_of(mode, chunk, a.heads), a.tokens // length, length, a.width, jnp.dtype(dtype)).items():
-      if name == 'both' or a.forward: jobs[mode, chunk, length, dtype, name] = made
+  for mode, chunk, length, dtype, depth in a.cases:
+    for name, made in job(config_of(mode, chunk, a.heads, depth), a.tokens // length, length, a.width, jnp.dtype(dtype)).items():
+      if name == 'both' or a.forward: jobs[mode, chunk, length, dtype, depth, name] = made
   cases = common.compile_cases(jobs)
   print('compiled', flush=True)
   times = common.time_cases(cases.values(), repeats=a.repeats)
-  names = ('mode', 'chunk', 'length', 'dtype', 'pass')
+  names = ('mode', 'chunk', 'length', 'dtype', 'depth', 'pass')
   rows = [{'row': 'memjax', **dict(zip(names, case, strict=True)), **time} for case, time in times.items()]
   return [{**row, 'computes': FUNCTIONS[row['mode']], 'peak_gib': row['temporary_mib'] / 1024} for row in rows]
 
@@ -105,7 +106,7 @@ def torch_rows(a: Any) -> list[dict[str, Any]]:
 def targets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
   """What the issue asks of an H200: times as ratios target / measured, memory likewise."""
   mine = [r for r in rows if r['row'] == 'memjax' and r['mode'] == 'token' and r['pass'] == 'both' and r['dtype'] == 'bfloat16'
-          and r['length'] == 2048]
+          and r['length'] == 2048 and r['depth'] == 2]
   found = []
   if at64 := [r for r in mine if r['chunk'] == 64]:
     found.append({'what': '20 ms / chunk of 64', 'target': 1.0, 'value': TARGETS[64] / at64[0]['ms']})
@@ -122,18 +123,19 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
   make = common.parser('neural_memory', __doc__)
   make.add_argument('--repeats', type=int, default=9)
   make.add_argument('--forward', action='store_true', help='times the forward pass alone, too')
-  make.add_argument('--cases', type=case, nargs='*', default=None, help='such as token:64:2048:bfloat16, mode:chunk:tokens of a row:dtype')
+  make.add_argument('--cases', type=case, nargs='*', default=None,
+                    help='such as token:64:2048:bfloat16, mode:chunk:tokens of a row:dtype[:layers]')
   a = make.parse_args(argv)
   a.tokens, a.width, a.heads, a.torch_length = (2048, 128, 2, 512) if a.small else (16_384, 1024, 16, 2048)
   if a.cases is None:
-    a.cases = [case(f'{mode}:{chunk}:{length}:{"float32" if a.small else dtype}') for mode, chunk, length, dtype in (
+    a.cases = [case(f'{mode}:{chunk}:{length}:{"float32" if a.small else ""}{dtype}') for mode, chunk, length, dtype in (
         SMALL if a.small else LARGE)]
   peers = torch_rows(a)
   rows = [*jax_rows(a), *peers]
   result = {'tokens': a.tokens, 'width': a.width, 'heads': a.heads, 'rows': rows, 'targets': targets(rows)}
   common.save('neural_memory', a.output, result, commit=a.commit)
   common.show(f'One layer, {a.tokens:,} tokens, width {a.width}, {a.heads} heads', rows,
-              ('row', 'mode', 'chunk', 'length', 'dtype', 'pass', 'ms', 'min_ms', 'peak_gib', 'compile_s'))
+              ('row', 'mode', 'chunk', 'length', 'dtype', 'depth', 'pass', 'ms', 'min_ms', 'peak_gib', 'compile_s'))
   for target in result['targets']: print(f"{target['what']}: {target['value']:.2f} (target {target['target']:g})")
   return result
 

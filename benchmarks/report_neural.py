@@ -24,8 +24,9 @@ def neural(result: dict[str, Any], table, cell) -> list[str]:
   """A row each mode and chunk."""
   text = f'{result["tokens"]:,} tokens, width {result["width"]}, {result["heads"]} heads.'
   return [text, *table(result['rows'], {
-      'row': 'row', 'mode': 'mode', 'computes': 'computes', 'chunk': 'chunk', 'tokens a row': 'length', 'dtype': 'dtype', 'pass': 'pass',
-      'ms': 'ms', 'fastest ms': 'min_ms', 'peak GiB': lambda r: cell(r['peak_gib']), 'compile s': 'compile_s'})]
+      'row': 'row', 'mode': 'mode', 'computes': 'computes', 'chunk': 'chunk', 'tokens a row': 'length', 'dtype': 'dtype',
+      'layers': lambda r: r.get('depth'), 'pass': 'pass', 'ms': 'ms', 'fastest ms': 'min_ms', 'peak GiB': lambda r: cell(r['peak_gib']),
+      'compile s': 'compile_s'})]
 
 
 def needle(result: dict[str, Any], table) -> list[str]:
