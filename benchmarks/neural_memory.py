@@ -31,7 +31,8 @@ SMALL = (('token', 64, 512, ''), ('token', 64, 512, ':1'), ('token', 64, 512, ':
          ('token', 64, 2048, ''), ('block', 128, 512, ''), ('exact', 64, 512, ''))
 LARGE = (('token', 64, 2048, 'bfloat16'), ('token', 128, 2048, 'bfloat16'), ('token', 256, 2048, 'bfloat16'),
          ('token', 64, 2048, 'bfloat16:1'), ('token', 64, 2048, 'bfloat16:4'), ('token', 64, 2048, 'float32'),
-         ('token', 128, 8192, 'bfloat16'), ('block', 256, 2048, 'bfloat16'), ('block', 1024, 2048, 'bfloat16'), ('exact', 64, 2048, 'bfloat16'))
+         ('token', 128, 8192, 'bfloat16'), ('block', 256, 2048, 'bfloat16'), ('block', 1024, 2048, 'bfloat16'),
+         ('exact', 64, 2048, 'bfloat16'))
 
 
 def case(text: str) -> tuple[str, int, int, str, int]:
