@@ -145,6 +145,7 @@ def test_memories_prepare_with_their_changes(host, changed):
   np.testing.assert_allclose(jax.jit(call)(params), logits(MODEL, params), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_magnitudes_start_as_they_are_and_merge(host):
   """DoRA: the start is the host bit for bit; m (W + s A B) / ||W + s A B|| afterwards, merged or not."""
   begun = start(DORA, host, jax.random.key(0))

@@ -114,6 +114,7 @@ def test_a_model_that_uses_no_bank_has_no_trace_of_one():
   assert one == other
 
 
+@pytest.mark.slow
 def test_what_is_prepared_once_is_what_is_computed_in_the_call():
   """P2.6: of repeated, shared, factorised, stored and product-key tables."""
   kv = parse_quantization('int8/kv')

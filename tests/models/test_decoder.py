@@ -117,6 +117,7 @@ def test_statistics_come_layer_by_layer(base):
   assert aux['layers']['repeats/layer_1/mem']['state_norm_BxHxS'].shape == (2, B, 2, 2)
 
 
+@pytest.mark.slow
 def test_monitors_are_means_over_the_memories_that_report_them():
   """One memory in the prefix, two in the repeats: three values, equal weights; window layers report no keep horizon."""
   loss = HolographicConfig(heads=2, slots=2, loss=MemoryLossConfig(balance=0.5, gate=0.25))
@@ -303,7 +304,7 @@ SHIPPED = {'tiny': (), 'mat_tiny': (), 'default': (), 'hamt_small': ('model.repe
            'wikitext2': ('model.repeats=1', 'model.vocabulary=1000'), 'hamt_seed': ('model.repeats=1', 'model.vocabulary=1000')}
 
 
-@pytest.mark.parametrize('name', [name if name.endswith('tiny') or name == 'default' else pytest.param(name, marks=pytest.mark.slow)
+@pytest.mark.parametrize('name', [name if name == 'tiny' else pytest.param(name, marks=pytest.mark.slow)
                                   for name in SHIPPED])
 def test_the_first_loss_is_that_of_guessing(name):
   """Within .1 of ln V, at full width; large ones with one repeat."""

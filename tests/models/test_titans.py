@@ -54,6 +54,7 @@ def test_no_token_sees_a_later_one_or_another_row(wired):
   assert not size[0, t + 1:].any() and not size[1].any() and (size[0, :t + 1] > 0).all()
 
 
+@pytest.mark.slow
 def test_decoding_equals_the_full_forward_at_every_prefix_length(wired):
   model, params = wired
   run = jax.jit(lambda token, state, position: model.apply({'params': params}, token, state, position_BxL=position)[:2])

@@ -21,7 +21,7 @@ CASES = {          # binding, transform, keep, order, slots, reset, mask, whethe
     'phasor-slot-row': ('phasor', '', 'slot', 'after', 4, False, False, True),
     'bipolar-static-head': ('bipolar', '', 'static_head', 'after', 4, True, False, False),
 }
-QUICK = ('hrr-dft-slot-before', 'bipolar-head')
+QUICK = ('bipolar-head',)
 
 
 def cast(tree, dtype):

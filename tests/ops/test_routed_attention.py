@@ -283,6 +283,7 @@ def example(impl, **options):
   return (forward, gradient), (*arrays, jax.ShapeDtypeStruct((Z, J), jnp.float32), jax.ShapeDtypeStruct((Z, J), jnp.int32))
 
 
+@pytest.mark.slow
 def test_memory_at_full_size():
   """P5.9, compiled and not run: gigabytes with tiles, more than a terabyte with gathered keys and values."""
   def temporaries(function, arguments): return jax.jit(function).lower(*arguments).compile().memory_analysis().temp_size_in_bytes

@@ -86,7 +86,8 @@ def text(tmp_path_factory): return write_plays(tmp_path_factory.mktemp('plays'))
 
 
 @pytest.mark.parametrize('choice, mem', [
-  ('frozen', HOLOGRAPHIC), *(pytest.param(choice, NEURAL, marks=pytest.mark.slow) for choice in evaluate.CHOICES)])
+  *(pytest.param(choice, mem, marks=pytest.mark.slow)
+    for choice, mem in (('frozen', HOLOGRAPHIC), *((choice, NEURAL) for choice in evaluate.CHOICES)))])
 def test_evaluate_prints_the_difference(text, choice, mem, tmp_path, capsys):
   run = make_workdir(tmp_path / 'run', small_config(text, mixers={'near': NEAR, 'mem': mem}, pattern=('near+mem',)))
   argv = [f'--workdir={run}', '--split=val', '--stream', f'--test_time={choice}']
