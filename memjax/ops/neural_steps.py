@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 SUMS = 128                           # longest chunk whose gradient is taken by sums over later tokens, which need C^3 operations
+PART = 32                            # chunks whose gradients are taken together
 MOMENTA = ('none', 'first', 'nesterov', 'cascade', 'muon')
 
 
@@ -166,7 +167,13 @@ def _unroll_backward(given, ct):
   return (Steps(turn, push),)
 
 
-_unroll_inside.defvjp(lambda given: (_unroll(given, inside=True), given), _unroll_backward)
+def _unroll_backward_in_parts(given, ct):
+  """The same a number of chunks at a time, for its arrays are many."""
+  if given.push[0].ndim < 2 or given.push[0].shape[0] <= PART: return _unroll_backward(given, ct)
+  return jax.lax.map(lambda one: _unroll_backward(*one), (given, ct), batch_size=PART)
+
+
+_unroll_inside.defvjp(lambda given: (_unroll(given, inside=True), given), _unroll_backward_in_parts)
 
 
 def _join(turn, push, weigh):
