@@ -54,13 +54,17 @@ def library_model(row: str, *, width: int, layers: int, dtype: str, batch: int):
 
 
 def plain_attend(q_BxHxK, k_BxHxK, v_BxHxK, cache, position_B):
-  """(reads [B, H, K], cache) of one token against keys and values [B, H, K, M]; all rows are at the same position."""
-  put = lambda old, new: jax.lax.dynamic_update_slice(old, new[..., None], (0, 0, 0, position_B[0]))
+  """(reads [B, H, K], cache) of one token against keys and values [B H, K, M]; all rows are at the same position.
+
+  One batch axis: with two a CPU copies both caches for every token.
+  """
+  flat = lambda x: x.reshape(-1, x.shape[-1])
+  put = lambda old, new: jax.lax.dynamic_update_slice(old, flat(new)[..., None], (0, 0, position_B[0]))
   keys, values = put(cache[0], k_BxHxK), put(cache[1], v_BxHxK)
-  logits_BxHxM = jnp.einsum('bhk,bhkm->bhm', q_BxHxK, keys, preferred_element_type=jnp.float32) * q_BxHxK.shape[-1] ** -0.5
-  seen = jnp.arange(keys.shape[3])[None, None] <= position_B[:, None, None]
-  weight_BxHxM = jax.nn.softmax(jnp.where(seen, logits_BxHxM, -jnp.inf), -1).astype(q_BxHxK.dtype)
-  return jnp.einsum('bhm,bhkm->bhk', weight_BxHxM, values), (keys, values)
+  logits_NxM = jnp.einsum('nk,nkm->nm', flat(q_BxHxK), keys, preferred_element_type=jnp.float32) * q_BxHxK.shape[-1] ** -0.5
+  seen = jnp.arange(keys.shape[2])[None] <= position_B[0]
+  weight_NxM = jax.nn.softmax(jnp.where(seen, logits_NxM, -jnp.inf), -1).astype(q_BxHxK.dtype)
+  return jnp.einsum('nm,nkm->nk', weight_NxM, values).reshape(q_BxHxK.shape), (keys, values)
 
 
 def cudnn_attend(q_BxHxK, k_BxHxK, v_BxHxK, cache, position_B):
@@ -96,7 +100,7 @@ def plain_model(row: str = PLAIN, *, width: int, layers: int, dtype: str, batch:
         gate, up = jnp.split(norm(x) @ layer['up'].astype(dtype), 2, -1)
         x = x + (jax.nn.silu(gate) * up) @ layer['down'].astype(dtype)
     return norm(x) @ params['embed'].T.astype(dtype), tuple(new)
-  shape = lambda context: (batch, heads, K, context) if row == PLAIN else (batch, context, heads, K)
+  shape = lambda context: (batch * heads, K, context) if row == PLAIN else (batch, context, heads, K)
   return params, lambda context: ((jnp.zeros(shape(context), dtype),) * 2,) * layers, step
 
 
