@@ -158,7 +158,9 @@ def test_plain_cache_is_attention():
   """Rows of a batch against the written part of a cache, as the library attends."""
   keys, values = (np.random.default_rng(n).standard_normal((2, 3, 4, 8), np.float32) for n in (0, 1))
   q, k, v = np.random.default_rng(2).standard_normal((3, 2, 3, 4), np.float32)
-  y, (new, _) = decode.plain_attend(q, k, v, (keys, values), jax.numpy.full((2,), 5))
+  flat = [x.reshape(6, 4, 8) for x in (keys, values)]
+  y, (new, _) = decode.plain_attend(q, k, v, flat, jax.numpy.full((2,), 5))
+  new = new.reshape(keys.shape)
   seen, stored = (np.concatenate([a[..., :5], b[..., None]], 3) for a, b in ((keys, k), (values, v)))
   logits = np.einsum('bhk,bhkm->bhm', q, seen) / 2
   weight = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
