@@ -134,6 +134,7 @@ class Sampler:
     self.model, self.sampling, self.chunk, self.segment = model, sampling, chunk, segment
     self.vocabulary, self.ends = limit or model.config.vocabulary, tuple(dict.fromkeys(ends))
     self.compute = jax.jit(lambda params: prepare_memories(model, params))
+    self.begin = jax.jit(self._begin, static_argnums=(0, 1))     # one call in place of one for each array of each layer
     self.prefill = jax.jit(self._prefill, donate_argnums=1)
     self.decode = jax.jit(self._decode, donate_argnums=1)
     self._prepared: tuple[list, Any] = [], None                  # the arrays that it was computed from, and what came out
@@ -153,6 +154,11 @@ class Sampler:
     if len(known) != len(leaves) or any(a is not b for a, b in zip(known, leaves, strict=True)):
       self._prepared = leaves, self.compute(params)
     return self._prepared[1]
+
+  def _begin(self, batch, room, length_B):
+    zeros_B = jnp.zeros((batch,), jnp.int32)
+    state = set_prompt_length(self.model.init_state(batch, room), length_B)
+    return Carry(jnp.zeros((batch, self.vocabulary)), state, zeros_B, jnp.zeros((), jnp.int32), zeros_B > 0)
 
   def _prefill(self, params, state, token_BxL, flow):
     logits_BxLxA, state, _ = self.model.apply({'params': params}, token_BxL, state, last=True, **flow)
@@ -181,10 +187,7 @@ class Sampler:
 
   def start(self, params: Any, prompts: Sequence[np.ndarray], room: int) -> Session:
     """Rows after their prompts. `room` bounds the tokens of a row, prompt included, where a memory grows with its text."""
-    zeros_B = jnp.zeros((len(prompts),), jnp.int32)
-    length_B = jnp.asarray([prompt.size for prompt in prompts], jnp.int32)
-    state = set_prompt_length(self.model.init_state(len(prompts), room), length_B)
-    carry = Carry(jnp.zeros((len(prompts), self.vocabulary)), state, zeros_B, jnp.zeros((), jnp.int32), zeros_B > 0)
+    carry = self.begin(len(prompts), room, np.asarray([prompt.size for prompt in prompts], np.int32))
     return self.extend(params, Session(carry, 0, room), prompts)
 
   def extend(self, params: Any, session: Session, prompts: Sequence[np.ndarray]) -> Session:
