@@ -213,9 +213,9 @@ def test_greedy_text_is_the_argmax_of_the_full_forward(whole):
   params = unnamed(quiet, params)                                            # a text that tends to count, not one token all along
   prompts, new = [np.array(row, np.int32) for row in ([1, 2, 3], [7])], 6
   sampler = Sampler(model, Sampling(temperature=0.0), chunk=new)
-  carry = sampler.start(params, prompts, 16)
-  after_prompt = np.asarray(carry[0])
-  carry, out = sampler.decode(params, carry, jnp.arange(B))
+  session = sampler.start(params, prompts, 16)
+  after_prompt = np.asarray(session.carry.logits_BxA)
+  session, out = sampler.advance(params, session, jnp.arange(B))
   rows, lengths = [np.r_[prompt, more] for prompt, more in zip(prompts, out, strict=True)], jnp.asarray([3, 1])
   token, mask = np.zeros((B, L), np.int32), np.zeros((B, L), bool)
   for number, row in enumerate(rows): token[number, :len(row)], mask[number, :len(row)] = row, True
@@ -223,7 +223,7 @@ def test_greedy_text_is_the_argmax_of_the_full_forward(whole):
   for number, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
     np.testing.assert_array_equal(row[len(prompt):], full[number].argmax(-1)[len(prompt) - 1:len(row) - 1])
     np.testing.assert_allclose(after_prompt[number], full[number, len(prompt) - 1], rtol=0, atol=1e-4 * np.abs(full).max())
-    np.testing.assert_allclose(carry[0][number], full[number, len(row) - 1], rtol=0, atol=1e-4 * np.abs(full).max())
+    np.testing.assert_allclose(session.carry.logits_BxA[number], full[number, len(row) - 1], rtol=0, atol=1e-4 * np.abs(full).max())
   flat = call(params, model.init_state(B), token, mask)[0]
   assert len(set(np.asarray(out).ravel().tolist())) > 2 and np.abs(flat - full)[mask].max() > 1e-2        # the prompts' lengths matter
 
