@@ -7,6 +7,7 @@ from flax import linen as nn
 
 from memjax.layers.linear import Linear, partitioned
 from memjax.memory.base import Memory, both, real_resets, where_rows
+from memjax.memory.neural_fused import emptied, fused_step, has_kernels
 from memjax.memory.neural_held import RECENT, RUNNING, NeuralState, Pending, watched
 from memjax.memory.neural_inputs import NeuralInputs, NeuralItems, NeuralProjections
 from memjax.ops import neural as ops
@@ -99,12 +100,13 @@ class NeuralStep(Memory):
 
   def step(self, state, inputs, mask_B=None, *, write_mask_B=None, reset_B=None):
     """One token: convolve, take its gradient, read, and rewrite the weights in rows whose chunk it completes."""
-    reset_B = real_resets(reset_B, mask_B)
-    if reset_B is not None: state = where_rows(reset_B, jax.tree.map(jnp.zeros_like, state), state)
+    reset_B, fused = real_resets(reset_B, mask_B), has_kernels(self)
+    if reset_B is not None: state = where_rows(reset_B, emptied(state, in_place=fused), state)
     items, tail = self.projections.items(jax.tree.map(lambda a: a[:, None], inputs), state.tail)
     written_B = both(mask_B, write_mask_B)
     if written_B is None: written_B = jnp.ones(state.slot_B.shape, bool)
-    new, y_BxE, told = (self._block_step if self.is_block else self._token_step)(state, items, written_B)
+    if fused: new, y_BxE, told = fused_step(self, state, (*self.tokens(items), items), (written_B, reset_B))
+    else: new, y_BxE, told = (self._block_step if self.is_block else self._token_step)(state, items, written_B)
     running = RECENT * state.running_BxHxY + (1 - RECENT) * watched(told, len(self.running))[:, :, 0]
     new = new.replace(tail=where_rows(written_B, tail, state.tail), running_BxHxY=where_rows(written_B, running, state.running_BxHxY))
     return new, y_BxE if mask_B is None else jnp.where(mask_B[:, None], y_BxE, 0)
@@ -146,8 +148,11 @@ class NeuralStep(Memory):
     return found, gates, items
 
   def _token_step(self, state, items, written_B):
-    rule, start, old = self.rule, self.start(written_B.shape[0]), state.pending
-    gates, tokens = self.tokens(items)
+    return self.token_step(self.start(written_B.shape[0]), state, (*self.tokens(items), items), written_B)
+
+  def token_step(self, start: ops.Weights, state: NeuralState, found: tuple, written_B: jax.Array) -> tuple[NeuralState, jax.Array, Any]:
+    """(state, y [B, E], told) of one token: its gates, tokens and items."""
+    rule, old, (gates, tokens, items) = self.rule, state.pending, found
     found, gates, items = self.judged(state, self._one_gradient(state, start, tokens), gates, items)
     (B, H), C, (pairs, before), rows = old.push_BxHxQxC.shape[:2], self.config.chunk, self.reach, jnp.arange(written_B.shape[0])
     slot = jnp.where(written_B, state.slot_B, C)                                      # C: dropped
@@ -165,7 +170,7 @@ class NeuralStep(Memory):
                   where_rows(written_B, push, old.push_BxHxQxC),
                   where_rows(written_B, turn - jnp.eye(turn.shape[-1], dtype=turn.dtype)[None, None], old.turn_BxHxQxQ))
     before_it, state = state, state.replace(pending=new, slot_B=jnp.where(written_B, state.slot_B + 1, state.slot_B))
-    y_BxE = self._flat(self.read_pending(state if rule.read == 'after' else before_it, items.query))[:, 0]
+    y_BxE = self._flat(self.read_pending(state if rule.read == 'after' else before_it, items.query, start))[:, 0]
     full_B = state.slot_B == C
     state = jax.lax.cond(jnp.any(full_B), lambda state: self._committed(state, start, full_B), lambda state: state, state)
     return state, y_BxE, tell(rule, found, 1)
@@ -214,11 +219,11 @@ class NeuralStep(Memory):
                         slot_B=jnp.where(written_B, jnp.where(full_B, 0, slot_B), state.slot_B))
     return new, y_BxE, tell(rule, found, 1)
 
-  def read_pending(self, state: NeuralState, query_BxLxHxK: jax.Array) -> jax.Array:
+  def read_pending(self, state: NeuralState, query_BxLxHxK: jax.Array, start: ops.Weights | None = None) -> jax.Array:
     """y [B, L, H, V]: queries read the weights of the state, pending tokens included; nothing is written."""
-    query = jnp.swapaxes(query_BxLxHxK, 1, 2)
-    start = self.start(query.shape[0])
     if self.is_block: return self.read_anchor(state, query_BxLxHxK)
+    query = jnp.swapaxes(query_BxLxHxK, 1, 2)
+    start = self.start(query.shape[0]) if start is None else start
     y = reads.read_tokens(self.rule, start, state.fast, query, found=state.pending.factors(),
                         coefficients=self._reads(state, query.shape[2]))
     return jnp.swapaxes(y, 1, 2)

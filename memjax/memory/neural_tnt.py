@@ -41,13 +41,13 @@ class NeuralLocal(Neural):
     query = project_query(rows(slots.query), rows(slots.key), rows(slots.gate[..., -1, :]), self.config.chunk)
     return slots.replace(query=jnp.swapaxes(query, 1, 2).reshape(slots.query.shape).astype(slots.query.dtype))
 
-  def read_pending(self, state, query_BxLxHxK):
+  def read_pending(self, state, query_BxLxHxK, start=None):
     """As in `Neural`, with queries seen through the pending keys."""
     if self.project_queries:
       held = state.pending
       query_BxLxHxK = project_pending(query_BxLxHxK.astype(self.state_dtype), held.key_BxCxHxK, held.gate_BxCxGxH[:, :, -1]).astype(
           query_BxLxHxK.dtype)
-    return super().read_pending(state, query_BxLxHxK)
+    return super().read_pending(state, query_BxLxHxK, start)
 
 
 class NeuralTnt(Memory):
