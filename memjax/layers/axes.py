@@ -7,6 +7,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
 ROWS, SEQUENCE = ('data', 'fsdp'), 'sequence'
+FIXED = 'fixed'                      # names an axis of a parameter that stays as it was made: nothing may decay it
 RULES = {'batch': ROWS, 'tokens': SEQUENCE, 'embed': 'fsdp', 'heads': 'model', 'hidden': 'model', 'vocabulary': 'model',
          'chapters_model': 'model', 'chapters_fsdp': 'fsdp'}
 

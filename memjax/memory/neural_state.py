@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from memjax.layers.axes import FIXED
 from memjax.layers.linear import Linear, partitioned
 from memjax.memory.base import Memory, both, real_resets, where_rows
 from memjax.memory.neural_fused import emptied, fused_step, has_kernels
@@ -24,10 +25,11 @@ class NeuralStep(Memory):
     (H, _, V), net = self.shape, self.rule.network
     self.projections = NeuralProjections(c, self.width, self.dtype, self.std, self.lora, name='projections')
     init = lambda shape: nn.initializers.normal(shape[0] ** -0.5) if len(shape) > 1 else nn.initializers.zeros_init()
-    def make(name, shape, heads=H):
-      return self.param(name, partitioned(init(shape), ('heads' if heads == H else None, *(None,) * len(shape))), (heads, *shape))
-    own = H if c.net.per_head else 1
-    self.fast = {name: jnp.broadcast_to(make(f'start_{name}', shape, own), (H, *shape)) for name, shape in net.fast.items()}
+    def make(name, shape, heads=H, axis=None):
+      axes = 'heads' if heads == H else None, axis, *(None,) * (len(shape) - 1)
+      return self.param(name, partitioned(init(shape), axes), (heads, *shape))
+    own, axis = H if c.net.per_head else 1, None if c.net.learn_init else FIXED
+    self.fast = {name: jnp.broadcast_to(make(f'start_{name}', shape, own, axis), (H, *shape)) for name, shape in net.fast.items()}
     self.slow = {name: make(f'slow_{name}', shape) for name, shape in net.slow.items()}
     if c.gates.row_factor: self.row = self.param('row', partitioned(nn.initializers.zeros_init(), ('heads', None)), (H, c.chunk))
     if c.write.persistent:

@@ -10,6 +10,7 @@ import optax
 
 from memjax.config.errors import UserError
 from memjax.config.schema import GroupConfig, OptimizerConfig
+from memjax.layers.axes import FIXED
 from memjax.layers.tree import named, unnamed
 from memjax.models.decoder import stored_kernels
 from memjax.runtime.balance import is_bias
@@ -75,7 +76,7 @@ def make_optimizer(config: OptimizerConfig, params: Any, steps: int, *, axes: An
                    sweep: Callable | None = None) -> Optimizer:
   """The optimiser of parameters (arrays or shapes). `sweep`, a function of the count, replaces every schedule.
 
-  `axes`, the tree of axis names, tells vectors stacked over layers from matrices: vectors never decay.
+  `axes`, the tree of axis names, tells vectors stacked over layers from matrices: vectors never decay, nor what is `FIXED`.
 
   Groups with rate 0 are frozen: split off before the gradient, no optimiser state, not counted by any clip.
   Raises UserError as `assign_groups` does, for kernels in fewer bits that are to be trained, and if nothing is left to train.
@@ -118,11 +119,11 @@ def _used_rows(inner: optax.GradientTransformation) -> optax.GradientTransformat
 
 
 def _decayed(config: OptimizerConfig, flat: Flat, axes: Any) -> frozenset[str]:
-  """Paths with weight decay: matrices (vectors and scalars never decay) that `no_decay` does not name."""
-  keep_out = re.compile(config.no_decay or r'(?!)')
-  stacked = {path for path, names in named(axes, is_leaf=lambda x: isinstance(x, tuple)).items() if 'layers' in names}
+  """Paths with weight decay: matrices (vectors and scalars never decay) that `no_decay` does not name and that are not fixed."""
+  keep_out, names = re.compile(config.no_decay or r'(?!)'), named(axes, is_leaf=lambda x: isinstance(x, tuple))
+  stacked, fixed = ({path for path, axis in names.items() if name in axis} for name in ('layers', FIXED))
   return frozenset(path for path, x in flat.items()
-                   if len(x.shape) - (path in stacked) > 1 and not keep_out.search(path))
+                   if len(x.shape) - (path in stacked) > 1 and path not in fixed and not keep_out.search(path))
 
 
 def rates(opt_state: Any) -> dict[str, jax.Array]:
