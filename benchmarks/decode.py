@@ -5,11 +5,12 @@ with random numbers: what is stored does not change the work. Memories that lear
 complete, which the timed tokens include. Two models: one layer without feed-forward network, and a decoder of four layers with
 one. Attention is measured in several forms, and the fastest counts: the library's, and caches in the compute dtype written for this
 comparison alone: [H, K, M] in plain products (on a CPU other layouts are copied or read many times slower) and, on a GPU, [M, H, K]
-through cuDNN.
+through cuDNN. With --kernels memories also take each token by their fused kernels: first in float32 beside XLA, across the end
+of a chunk, for the largest difference of logits; then, on a GPU (a CPU interprets them), as rows of their own.
 
   python -m benchmarks.decode --small        two CPU cores, contexts to 32k, a few minutes
   python -m benchmarks.decode                contexts to 128k
-  python -m benchmarks.decode --batch 64 --contexts 32768 --layers 1 --width 1024
+  python -m benchmarks.decode --batch 64 --contexts 32768 --layers 1 --width 1024 --kernels
 """
 import dataclasses
 import functools
@@ -22,6 +23,7 @@ import jax.numpy as jnp
 
 from benchmarks import common, neural_models
 from memjax.config.mixers import AddressConfig, AttentionConfig, HolographicConfig, KeepConfig
+from memjax.config.neural import NeuralConfig
 from memjax.config.schema import ModelConfig
 from memjax.models.decoder import build_decoder, init_params
 from memjax.ops.rope import frequencies, rotate
@@ -34,23 +36,34 @@ MIXERS = {
   'attention': AttentionConfig(),
 }
 NEURAL = {'neural': 'LMM', 'MAC': 'MAC', 'MAG': 'MAG'}      # row -> name in neural_models
-PLAIN, CUDNN = 'attention, plain cache', 'attention, cuDNN'
+PLAIN, CUDNN, KERNELS = 'attention, plain cache', 'attention, cuDNN', ', kernels'
+CHECKED = 70                                                # tokens that are compared: one chunk of the neural memory and some more
 
 
 def library_model(row: str, *, width: int, layers: int, dtype: str, batch: int):
   """(parameters, empty state by context, step) of a decoder whose layers are unrolled, so that no stack of caches is sliced."""
+  row, kernels, _ = row.partition(KERNELS)
   config = ModelConfig(width=width, hidden=0 if layers > 1 else -1, vocabulary=VOCABULARY, pattern=(), repeats=0, dtype=dtype,
                        mixers={'memory': MIXERS.get(row, AttentionConfig())}, prefix=('memory',) * layers)
   if row in NEURAL:
     found = neural_models.model_config(NEURAL[row], width=width, layers=1, heads=8, window=512, vocabulary=VOCABULARY, dtype=dtype,
                                        aligned=False)
     config = dataclasses.replace(config, mixers=found.mixers, prefix=found.pattern * layers)
+  backend = 'pallas' if kernels else 'xla'
+  config = dataclasses.replace(config, mixers={name: with_backend(mixer, backend) for name, mixer in config.mixers.items()})
   model = build_decoder(config)
   def step(params, state, token_B, position_B):
     logits, state, _ = model.apply({'params': params}, token_B[:, None], state, position_BxL=position_B[:, None])
     return logits[:, 0], state
   params = jax.jit(lambda key: init_params(model, key)[0])(jax.random.key(0))
   return params, lambda context: model.init_state(batch, context), step
+
+
+def with_backend(mixer: Any, backend: str) -> Any:
+  """The mixer with this backend, if it is a memory that has kernels."""
+  for kind, part in ((HolographicConfig, 'form'), (NeuralConfig, 'exec')):
+    if isinstance(mixer, kind): return dataclasses.replace(mixer, **{part: dataclasses.replace(getattr(mixer, part), backend=backend)})
+  return mixer
 
 
 def plain_attend(q_BxHxK, k_BxHxK, v_BxHxK, cache, position_B):
@@ -153,6 +166,19 @@ def measure(model, case: common.Case, context: int, *, tokens: int, repeats: int
           'state_bytes': size, 'temporary_mib': case.temporary_mib, 'compile_s': case.compile_s}
 
 
+def compare(row: str, **sizes: Any) -> float:
+  """The largest difference between logits by kernels and by XLA in float32, over the largest logit."""
+  token_LxB = jax.random.randint(jax.random.key(1), (CHECKED, sizes['batch']), 0, VOCABULARY)
+  def logits(row):
+    params, empty, step = library_model(row, **sizes, dtype='float32')
+    def body(state, item):
+      logits, state = step(params, state, item[1], jnp.full((sizes['batch'],), item[0]))
+      return state, logits
+    return jax.jit(lambda state: jax.lax.scan(body, state, (jnp.arange(CHECKED), token_LxB))[1])(empty(CHECKED))
+  with jax.default_matmul_precision('highest'): ours, plain = logits(row + KERNELS), logits(row)
+  return float(jnp.abs(ours - plain).max() / jnp.abs(plain).max())
+
+
 def targets(rows: list[dict[str, Any]], batch: int = 1) -> list[dict[str, Any]]:
   """>= 5 times the fastest attention at 32k (10 in batches), and a state that does not grow; None where this run lacks a row."""
   out = []
@@ -161,6 +187,10 @@ def targets(rows: list[dict[str, Any]], batch: int = 1) -> list[dict[str, Any]]:
     peers = [value for row, value in at.items() if row.startswith('attention')]
     out.append({'what': f'{layers} layers, context 32768: holographic over the fastest attention', 'target': 10.0 if batch > 1 else 5.0,
                 'value': at['holographic'] / max(peers) if peers and 'holographic' in at else None})
+  speed = {(r['layers'], r['context'], r['row']): r['tokens_per_second'] for r in rows}
+  out += [{'what': f'{layers} layers, context {context}: {row} over that by XLA', 'target': 1.0,
+           'value': value / speed[layers, context, row.removesuffix(KERNELS)]}
+          for (layers, context, row), value in speed.items() if (layers, context, row.removesuffix(KERNELS)) in speed and KERNELS in row]
   if len({r['context'] for r in rows}) == 1: return out
   for row in ('holographic', 'neural'):
     sizes = [r['state_bytes'] for r in rows if r['row'] == row and r['layers'] == 1]
@@ -183,10 +213,15 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
   make.add_argument('--tokens', type=int, default=0, help='tokens a timed call; default 64 (CPU), 128 (GPU)')
   make.add_argument('--repeats', type=int, default=3)
   make.add_argument('--rows', type=lambda text: text.split(';'), default=[], help='names of rows, separated by ;')
+  make.add_argument('--kernels', action='store_true', help='compares fused kernels with XLA, and on a GPU measures both')
   a = make.parse_args(argv)
   contexts = a.contexts or ([1024, 8192, 32768] if a.small else [1024, 4096, 16384, 32768, 65536, 131072])
   dtype, tokens = ('bfloat16', a.tokens or 128) if common.on_gpu() else ('float32', a.tokens or 64)
   rows, names = [], a.rows or [*MIXERS, *NEURAL, PLAIN, *([CUDNN] if common.on_gpu() else [])]
+  fused = [row for row in names if a.kernels and not row.startswith('attention')]
+  checks = [{'row': row, 'batch': a.batch, 'difference': compare(row, width=a.width, layers=1, batch=a.batch)} for row in fused]
+  if checks: common.show('Kernels and XLA, float32, 1 layer', checks, ('row', 'batch', 'difference'))
+  if common.on_gpu(): names += [row + KERNELS for row in fused]
   for layers in a.layers:
     sizes = dict(width=a.width, layers=layers, dtype=dtype, batch=a.batch)
     models = {row: (plain_model if row in (PLAIN, CUDNN) else library_model)(row, **sizes) for row in names}
@@ -200,7 +235,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
   judged = targets(rows, a.batch)
   common.judge(judged)
   result = {'dtype': dtype, 'width': a.width, 'batch': a.batch, 'tokens': tokens, 'repeats': a.repeats, 'seeds': [0], 'rows': rows,
-            'targets': judged}
+            'checks': checks, 'targets': judged}
   common.save('decode', a.output, result, commit=a.commit)
   return result
 
