@@ -85,7 +85,7 @@ def _call(name, plan, arrays):
       functools.partial(globals()[name], plan), out_shape=shapes, grid=(plan.blocks if is_split else 1, H, B), name=name,
       in_specs=[{n: spec(n, arrays[n].shape) for n in inputs}], out_specs={n: spec(n, s.shape) for n, s in shapes.items()},
       input_output_aliases={inputs.index(n): outputs.index(n) for n in rewrites}, interpret=not plan.is_compiled,
-      compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1))({n: arrays[n] for n in inputs})
+      compiler_params=plgpu.CompilerParams(num_warps=4 if V <= 64 else 8, num_stages=1))({n: arrays[n] for n in inputs})
 
 
 def _fence(plan):
