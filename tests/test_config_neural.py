@@ -55,6 +55,7 @@ REFUSED = [
   (lambda: NeuralConfig(exec=NeuralExecConfig(solver='lax')), "exec.solver applies to rule.mode='exact', not to 'token'"),
   (lambda: NeuralConfig(rule=NeuralRuleConfig(mode='block'), write=NeuralWriteConfig(window=2)), "write.window=2 needs rule.mode='token'"),
   (lambda: NeuralConfig(chunk=4, write=NeuralWriteConfig(window=5)), 'write.window=5 reaches back beyond one chunk=4'),
+  (lambda: NeuralWriteConfig(window_weights=True), 'window_weights applies to window, which is 1'),
   (lambda: NeuralConfig(rule=EXACT, net=MATRIX, write=NeuralWriteConfig(per_tensor=True)),
    "write.per_tensor does not apply to rule.mode='exact'"),
   (lambda: NeuralConfig(net=NeuralNetConfig(kind='attention')), "net.kind='attention' needs rule.mode='block', not 'token'"),

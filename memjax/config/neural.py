@@ -122,10 +122,14 @@ class NeuralWriteConfig:
   """What one token writes (specification sections 4 and 5.5)."""
   pairs: int = option(1, 'pairs of key and value of each token', low=1)
   window: int = option(1, 'tokens whose gradients each step follows, taken at one anchor (omega rule; mode token)', low=1)
+  window_weights: bool = option(False, 'a learned factor in (0, 2) on the gradients of each place in the window')
   persistent: int = option(0, 'learned tokens that every document begins with: they are written before it, in a chunk of their own', low=0)
   per_tensor: bool = option(False, 'a learned factor in (0, 2) on the step size for each fast tensor (not in mode exact)')
   refresh: int = option(0, 'mode chunk_gates: chunks between the weights at which gradients are taken; 0 = always the learned start', low=0)
   detach: int = option(0, 'chunks of a call after which outer gradients stop flowing into the memory; 0 = they never stop', low=0)
+
+  def __post_init__(self):
+    refuse(self.window_weights and self.window == 1, 'window_weights applies to window, which is 1')
 
 
 @config

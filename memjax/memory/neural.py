@@ -128,7 +128,8 @@ class Neural(NeuralStep):
 
   def coefficients(self, gates: Gates) -> Coefficients:
     """The coefficients of chunks."""
-    made = coefficients(self.rule.momentum, gates, inside=not self.is_block, window=self.reach[1] + 1, pairs=self.rule.pairs)
+    made = coefficients(self.rule.momentum, gates, inside=not self.is_block, window=self.reach[1] + 1, pairs=self.rule.pairs,
+                        gamma=self.gamma)
     if not self.config.gates.row_factor: return made
     share_HxC = self.row_factor()
     return made._replace(weigh=made.weigh * share_HxC[None, None, :, :, None], push=made.push * share_HxC[None, None, :, None, -1:])
@@ -197,7 +198,7 @@ class Neural(NeuralStep):
     memory, (pairs, before), kept = state.fast, self.reach, self._kept(slots, layout)
     valid = jnp.arange(self.config.chunk)[None] < layout.slot[:, None]
     gates, tokens = self.tokens(kept)
-    whole = coefficients(self.rule.momentum, gates, window=before + 1)
+    whole = coefficients(self.rule.momentum, gates, window=before + 1, gamma=self.gamma)
     found = find_factors(self.rule, start, memory, tokens, coefficients=for_pairs(whole, pairs))
     wide, past = self.state_dtype, self.past_factors(start, memory, state.halo) if before else None
     def only(a, first=None):

@@ -32,6 +32,8 @@ class NeuralStep(Memory):
     self.fast = {name: jnp.broadcast_to(make(f'start_{name}', shape, own, axis), (H, *shape)) for name, shape in net.fast.items()}
     self.slow = {name: make(f'slow_{name}', shape) for name, shape in net.slow.items()}
     if c.gates.row_factor: self.row = self.param('row', partitioned(nn.initializers.zeros_init(), ('heads', None)), (H, c.chunk))
+    if c.write.window_weights:
+      self.places = self.param('window', partitioned(nn.initializers.zeros_init(), ('heads', None)), (H, c.write.window))
     if c.write.persistent:
       self.prefix = self.param('persistent', partitioned(nn.initializers.normal(0.02), (None, 'embed')), (c.write.persistent, self.width))
     if c.proj.out_norm: self.scale = self.param('scale', partitioned(nn.initializers.ones_init(), ('heads',)), (H * V,))
@@ -118,6 +120,11 @@ class NeuralStep(Memory):
     """(pairs of a token, tokens before a chunk that its steps follow)."""
     return self.config.write.pairs, self.config.write.window - 1
 
+  @property
+  def gamma(self) -> jax.Array | None:
+    """What the gradients of the window count for, [H, window], that of the token itself first; None = 1."""
+    return 2 * jax.nn.sigmoid(self.places.astype(self.state_dtype)) if self.config.write.window_weights else None
+
   def tokens(self, items: NeuralItems, halo: NeuralItems | None = None) -> tuple[Any, ops.Tokens]:
     """(gates [..., H, L] of items [..., L, ...], writes [..., H, L pairs, ...] of `halo`, then of the items)."""
     (_, _, V), K, (pairs, before) = self.shape, self.parts.key_width, self.reach
@@ -162,6 +169,7 @@ class NeuralStep(Memory):
     ahead = jnp.arange(before + C)[None] - slot[:, None]
     at = jnp.broadcast_to(((ahead >= 0) & (ahead <= before))[:, None], (B, H, before + C)).astype(old.push_BxHxQxC.dtype)
     if before: at *= now.theta[..., None]
+    if self.gamma is not None: at *= jnp.swapaxes(self.gamma[:, jnp.clip(before - ahead, 0, before)], 0, 1)
     turn, push = advance(steps(rule.momentum, now), old.turn, old.push_BxHxQxC, at)
     def put(ring, one):
       cut = ring.reshape(B, H, -1, pairs, ring.shape[-1])

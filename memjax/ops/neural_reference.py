@@ -8,12 +8,13 @@ from memjax.ops.neural_steps import Gates
 
 
 def reference(rule: Rule, start: Weights, memory: dict, tokens: tuple, *, gates: Gates, chunk: int,
-              window: int = 1) -> tuple[dict, jax.Array]:
+              window: int = 1, gamma: jax.Array | None = None) -> tuple[dict, jax.Array]:
   """(memory after L tokens, y [B, H, L, V]); memory leaves are [B, H, Q, ...]: W - W_init and the momenta.
 
   tokens = (query, key, value) [B, H, L, width], gates [B, H, L], chunks counted from the first token. S_t = eta S - theta g,
   W_t = (1 - alpha) W + S towards W_init or zero, g at the chunk's start ('token', 'block') or at W_{t-1} ('exact'). `window` > 1
-  (omega rule): g is the sum of the gradients of that many last tokens. Keys and values are [B, H, L * pairs, width].
+  (omega rule): g is the sum of the gradients of that many last tokens, each times `gamma` [H, window] of its distance. Keys and values
+  are [B, H, L * pairs, width].
   """
   full = {name: leaf.at[:, :, 0].add(start.fast[name]) for name, leaf in memory.items()}
   length, pairs = tokens[0].shape[2], rule.pairs
@@ -30,7 +31,8 @@ def reference(rule: Rule, start: Weights, memory: dict, tokens: tuple, *, gates:
     if rule.grad_at == 'decayed': fixed = _decayed(rule, start, fixed, gate.alpha)
     each = [_gradient(rule, start, fixed, jax.tree.map(lambda a, n=n: a[n], past), pair=pair)
             for n in range(window) for pair in range(pairs)]
-    g = jax.tree.map(lambda *one: sum(one), *each)
+    share = [1.0 if gamma is None else gamma[None, :, window - 1 - n] for n in range(window) for _ in range(pairs)]
+    g = jax.tree.map(lambda *one: sum(_lift(jnp.asarray(s), a) * a for s, a in zip(share, one, strict=True)), *each)
     new = {name: _update(rule, start.fast[name], leaf, g[name], gates=gate) for name, leaf in full.items()}
     if rule.momentum == 'muon' or rule.weight_norm:
       ends = (t + 1 == length) | (t % chunk == chunk - 1)

@@ -196,8 +196,8 @@ def scan_chunks(rule: Rule, start: Weights, memory: Any, chunks: Chunk, *, group
   return memory, jax.tree.map(lambda a: a.reshape(padded, *a.shape[2:])[:count], out)
 
 
-def mix(rule: Rule, start: Weights, memory: dict, tokens: tuple, *, gates: Gates, chunk: int, window: int = 1, group: int = 0,
-        unroll: int = 0) -> tuple[dict, jax.Array]:
+def mix(rule: Rule, start: Weights, memory: dict, tokens: tuple, *, gates: Gates, chunk: int, window: int = 1,
+        gamma: jax.Array | None = None, group: int = 0, unroll: int = 0) -> tuple[dict, jax.Array]:
   """(memory, y [B, H, L, V]) of L tokens that start at a chunk's start: `neural_reference.reference` in chunks.
 
   The last chunk may be shorter; its writes count in the memory returned. Arguments as in `reference` and `scan_chunks`.
@@ -210,7 +210,7 @@ def mix(rule: Rule, start: Weights, memory: dict, tokens: tuple, *, gates: Gates
   gates = jax.tree.map(cut, gates)
   whole = is_whole(rule)
   found = whole_coefficients(rule, gates) if whole else coefficients(
-      rule.momentum, gates, inside=rule.mode != 'block', window=window, pairs=pairs)
+      rule.momentum, gates, inside=rule.mode != 'block', window=window, pairs=pairs, gamma=gamma)
   query, key, value = cut(tokens[0]), cut(tokens[1], pairs), cut(tokens[2], pairs)
   writes = Tokens(key, value, *jax.tree.map(lambda a: jnp.repeat(a, pairs, -1), (weights(gates, window), 1 - gates.alpha, gates.rate)))
   writes = jax.tree.map(lambda a: with_halo(a, (window - 1) * pairs), writes)

@@ -204,22 +204,25 @@ def advance(given: Steps, turn: jax.Array, push: jax.Array, at: jax.Array) -> tu
   return multiply(one, turn), multiply(one, push) + jnp.stack(given.push, -1)[..., None] * at[..., None, :]
 
 
-def windowed(given: Coefficients, theta: jax.Array, window: int) -> Coefficients:
-  """Coefficients of the omega rule: the step at t follows theta_t times the sum of the last `window` gradients.
+def windowed(given: Coefficients, theta: jax.Array, window: int, gamma: jax.Array | None = None) -> Coefficients:
+  """Coefficients of the omega rule: the step at t follows theta_t times sum_n gamma_n g_{t-n} over the last `window` gradients.
 
-  theta [..., C]. Columns cover window - 1 tokens before the chunk, then its own: [..., C, window - 1 + C].
+  theta [..., C]; gamma [H, window], theta then [..., H, C]; None = 1. Columns cover window - 1 tokens before the chunk, then its own:
+  [..., C, window - 1 + C].
   """
   C = theta.shape[-1]
-  t, i = jnp.arange(C)[:, None], jnp.arange(1 - window, C)[None]
-  band = ((i <= t) & (i > t - window)).astype(theta.dtype)
-  spread = lambda a: a if a is None else jnp.einsum('...t,ti->...i', a * theta[..., None, :], band, precision='highest')
+  back = jnp.arange(C)[:, None] - jnp.arange(1 - window, C)[None]
+  band, spec = ((back >= 0) & (back < window)).astype(theta.dtype), '...t,ti->...i'
+  if gamma is not None: band, spec = band[None] * gamma[:, jnp.clip(back, 0, window - 1)], '...hrt,hti->...hri'
+  spread = lambda a: a if a is None else jnp.einsum(spec, a * theta[..., None, :], band, precision='highest')
   return given._replace(weigh=spread(given.weigh), push=spread(given.push))
 
 
-def coefficients(momentum: str, gates: Gates, *, inside: bool = True, window: int = 1, pairs: int = 1) -> Coefficients:
-  """Coefficients of the chunks on the last axis, with a column for each of `pairs` gradients of a token."""
+def coefficients(momentum: str, gates: Gates, *, inside: bool = True, window: int = 1, pairs: int = 1,
+                 gamma: jax.Array | None = None) -> Coefficients:
+  """Coefficients of the chunks on the last axis, with a column for each of `pairs` gradients of a token; gamma as in `windowed`."""
   found = unroll(steps(momentum, gates), inside=inside)
-  return for_pairs(found if window == 1 else windowed(found, jnp.where(gates.write, gates.theta, 0), window), pairs)
+  return for_pairs(found if window == 1 else windowed(found, jnp.where(gates.write, gates.theta, 0), window, gamma), pairs)
 
 
 def weights(gates: Gates, window: int = 1) -> jax.Array:

@@ -50,14 +50,14 @@ def problem(given: Rule, L=LENGTH, B=2, H=2, seed=0, rates=False, **options):
   return (fast, slow), memory, tokens, gates(rng, (B, H, L), order=given.order, rates=net.fast if rates else (), **options)
 
 
-def run(form, given: Rule, arguments, **options):
-  """((memory, y), gradients of all arguments) of `reference` or `mix`."""
+def run(form, given: Rule, arguments, *, learned=None, **options):
+  """((memory, y), gradients of all arguments, and of `learned` by name) of `reference` or `mix`."""
   def value(differentiable, write):
-    (fast, slow), memory, tokens, floats = differentiable
-    out = form(given, start_of(fast, slow, tokens[0].shape[0]), memory, tokens, gates=floats._replace(write=write), **options)
+    (fast, slow), memory, tokens, more, floats = differentiable
+    out = form(given, start_of(fast, slow, tokens[0].shape[0]), memory, tokens, gates=floats._replace(write=write), **more, **options)
     return sum(jnp.sum(jnp.sin(3 * leaf)) for leaf in jax.tree.leaves(out)), out
   *rest, found = arguments
-  (_, out), grads = quick(jax.value_and_grad(value, has_aux=True))((*rest, found._replace(write=None)), found.write)
+  (_, out), grads = quick(jax.value_and_grad(value, has_aux=True))((*rest, learned or {}, found._replace(write=None)), found.write)
   return out, grads
 
 
