@@ -118,7 +118,7 @@ class Holographic(Memory):
 
   def step(self, state, inputs, mask_B=None, *, write_mask_B=None, reset_B=None):
     """One token: convolve, write, read (in the declared order), consolidate."""
-    reset_B, plan = real_resets(reset_B, mask_B), self._step_plan()
+    reset_B, plan = real_resets(reset_B, mask_B), self.step_plan()
     if reset_B is not None:
       empty = jax.tree.map(jnp.zeros_like, state)
       state = where_rows(reset_B, empty.replace(m_BxHxSxK=state.m_BxHxSxK) if plan else empty, state)      # a kernel empties slots itself
@@ -135,7 +135,7 @@ class Holographic(Memory):
     new = where_rows(mask_B, new, state)
     return new, y_BxE if mask_B is None else jnp.where(mask_B[:, None], y_BxE, 0)
 
-  def _step_plan(self):
+  def step_plan(self):
     """How the kernel takes a token; None: XLA does."""
     c, (_, _, S, K) = self.config, self.parts.shape
     return plan_step(c.binding.kind, S, K, order=self.order) if c.form.backend == 'pallas' and is_whole() else None

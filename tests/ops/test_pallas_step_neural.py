@@ -197,8 +197,9 @@ def test_what_kernels_take():
   takes = lambda backend='pallas', **changes: has_kernels(memory(backend, **changes))
   assert takes() and takes(rule=NeuralRuleConfig(momentum='none')) and takes(write=NeuralWriteConfig(persistent=2))
   assert not takes('xla') and not takes('auto')
-  for changes in ({'net': NeuralNetConfig(expansion=2, gain='fast')}, {'net': NeuralNetConfig(kind='swiglu')}, {'chunk': 12}, {'width': 24},
-                  {'write': NeuralWriteConfig(window=2)}, {'write': NeuralWriteConfig(per_tensor=True)}, {'rule': NeuralRuleConfig(clip=1.0)},
+  net, write = NeuralNetConfig, NeuralWriteConfig
+  for changes in ({'net': net(expansion=2, gain='fast')}, {'net': net(kind='swiglu')}, {'chunk': 12}, {'width': 24},
+                  {'write': write(window=2)}, {'write': write(per_tensor=True)}, {'rule': NeuralRuleConfig(clip=1.0)},
                   {'gates': NeuralGatesConfig(row_factor=True), 'rule': NeuralRuleConfig(momentum='none', forget=False)}):
     assert not takes(**changes)
   with jax.set_mesh(jax.make_mesh((2,), ('data',), axis_types=(jax.sharding.AxisType.Auto,))): assert not takes()
