@@ -28,7 +28,7 @@ def emptied(state: NeuralState, *, in_place: bool) -> NeuralState:
 def fused_step(memory, state: NeuralState, found: tuple, flags: tuple) -> tuple:
   """(state, y [B, E], told) of one token: `found` are its gates, tokens and items, `flags` (written_B, reset_B or None). The gradient is
   that of the step in XLA."""
-  def by_kernels(start, state, found, flags): return _by_kernels(memory, start, state, found, flags)
+  def by_kernels(*given): return _by_kernels(memory, given)
   def plain(start, state, found, flags):
     if flags[1] is not None: state = where_rows(flags[1], emptied(state, in_place=False), state)
     rows = jax.tree.map(lambda a: jnp.broadcast_to(a, (flags[0].shape[0], *a.shape[1:])), start.fast)
@@ -38,8 +38,9 @@ def fused_step(memory, state: NeuralState, found: tuple, flags: tuple) -> tuple:
   return run(memory.start(1), state, found, flags)
 
 
-def _by_kernels(memory, start, state, found, flags):
-  (gates, tokens, items), (written_B, reset_B), old, rule, C = found, flags, state.pending, memory.rule, memory.config.chunk
+def _by_kernels(memory, given):
+  start, state, (gates, tokens, items), (written_B, reset_B) = given
+  old, rule, C = state.pending, memory.rule, memory.config.chunk
   slot_B = jnp.where(written_B, state.slot_B, C)                                     # C: it does not write
   full_B = slot_B + 1 == C
   at = jnp.broadcast_to((jnp.arange(C)[None] == slot_B[:, None])[:, None], (*tokens.weight.shape[:2], C)).astype(memory.state_dtype)
