@@ -82,8 +82,9 @@ def wait(children):
   saved = 0.0
   while True:
     codes = [child.poll() for child in children]
-    for rank, code in enumerate(codes):
-      if code in (None, 0, SAVED): continue
+    failed = [(rank, code) for rank, code in enumerate(codes) if code not in (None, 0, SAVED)]
+    if failed:
+      rank, code = min(failed, key=lambda one: (one[1] >= 0, one[0]))       # the others fail because one was killed, not the reverse
       status, how = outcome(code)
       say(f'process {rank} {how}; ended the others')
       return status

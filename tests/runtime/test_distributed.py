@@ -105,6 +105,11 @@ def test_the_first_failure_ends_the_others(local, capsys):
   assert capsys.readouterr().out == '[1] b\n'
 
 
+def test_who_was_killed_is_named_before_those_that_failed_for_it(local, capsys):
+  assert local.wait([SimpleNamespace(poll=lambda code=code: code) for code in (1, -signal.SIGKILL, 1)]) == 128 + signal.SIGKILL
+  assert capsys.readouterr().err == 'launch: process 1 was ended by SIGKILL; ended the others\n'
+
+
 class Job:
   """A run of the tiny config by several processes, through launch/local.py; 0 = one process without a launcher."""
 
