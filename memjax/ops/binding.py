@@ -196,7 +196,8 @@ def _unit_modulus(z, real, bias, eps):
   z0, zr, zi = _parts(z, real)
   z0, zr = z0 + bias, zr + bias
   scale = jax.lax.rsqrt(zr * zr + zi * zi + eps)
-  return jnp.concatenate([z0 * jax.lax.rsqrt(z0 * z0 + eps), zr * scale, zi * scale], -1)
+  pairs = [zr * scale, zi * scale]
+  return jnp.concatenate([z0 * jax.lax.rsqrt(z0 * z0 + eps), *pairs] if real else pairs, -1)
 
 
 def key_map(kind: str, z, *, eps: float = 1e-6, squash: str = 'tanh', identity_bias: float = 0.0):

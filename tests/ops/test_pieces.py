@@ -1,10 +1,16 @@
 """What pieces of a sequence on different devices hand to each other, against loops over the pieces."""
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
+from jax.extend.core import jaxprs_in_params
 from jax.sharding import PartitionSpec as P
 
+from memjax.memory.pieces import over_pieces
+from memjax.ops.binding import key_map
 from memjax.ops.recurrence import slot_mix
 from memjax.ops.sequence import from_before, from_piece, hand_over, in_turn
 
@@ -80,3 +86,41 @@ def test_slots_over_pieces(form, order):
     want = jax.jit(mix)(state, *arrays, reset)
     got = split(lambda *x: mix(*x, axis='sequence'), ALL, *(ROW,) * 5, out=(ALL, ROW))(state, *arrays, reset)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12), got, want)
+
+
+@jax.custom_vjp
+def product(x, unused):
+  return x * x
+
+
+# As cuDNN's attention in jax: operands that it does not use are arrays of no elements, which its backward pass takes too.
+product.defvjp(lambda x, unused: (x * x, (x, unused)), lambda kept, dy: (2 * kept[0] * dy + kept[1].sum(), jnp.zeros_like(kept[1])))
+
+
+class Squares(nn.Module):
+  def parallel(self, state, inputs): return state, jax.lax.cond(inputs.sum() > 0, lambda x: product(x, jnp.zeros(0)), jnp.sin, inputs)
+
+
+def shard_maps(jaxpr):
+  """The equations of shard_maps in a jaxpr, whatever they are in."""
+  for eqn in jaxpr.eqns:
+    if eqn.primitive.name == 'shard_map': yield eqn
+    else: yield from (found for inner in jaxprs_in_params(eqn.params) for found in shard_maps(inner))
+
+
+@pytest.mark.parametrize('remat', [False, True])
+def test_nothing_empty_enters_the_backward_pass(remat):
+  mesh = jax.make_mesh((2, 1), ('data', 'fsdp'), devices=jax.devices()[:2], axis_types=(jax.sharding.AxisType.Auto,) * 2)
+  x = np.arange(1.0, 9, dtype=np.float32).reshape(4, 2)
+  with jax.set_mesh(mesh):
+    loss = lambda x: over_pieces(Squares().bind({}), jax.sharding.get_abstract_mesh(), {}, x)[1].sum()
+    gradient = jax.jit(jax.grad(jax.checkpoint(loss) if remat else loss))
+    found = list(shard_maps(gradient.trace(x).jaxpr.jaxpr))
+    assert len(found) >= 2 and all(np.prod(v.aval.shape) for eqn in found for v in (*eqn.invars, *eqn.outvars))
+    np.testing.assert_allclose(gradient(x), 2 * x, rtol=1e-6)
+
+
+@pytest.mark.parametrize('kind', ['phasor', 'unitary'])
+def test_keys_keep_nothing_empty(kind):
+  keep = jax.eval_shape(lambda z: jax.vjp(functools.partial(key_map, kind), z)[1], jnp.ones((2, 8)))
+  assert jax.tree.leaves(keep) and all(np.prod(x.shape) for x in jax.tree.leaves(keep))
