@@ -7,6 +7,7 @@ from memjax.config.options import config, option
 from memjax.config.registered import FEATURES, NETWORKS, check_registered
 
 PLAIN_KINDS = ('linear', 'mlp')                     # whose layers may have fast biases
+STREAMS = ('qkv', 'qk', 'qv', 'kv', 'q', 'k', 'v')
 LAYERED_KINDS = ('mlp', 'gated', 'factorised', 'low_rank')
 
 
@@ -144,7 +145,9 @@ class NeuralLocalsConfig:
 class NeuralProjConfig:
   """From the layer's input to queries, keys and values, and from the read to its output (specification section 4)."""
   conv_width: int = option(4, 'taps of the causal short convolution; 0 = none', low=0)
+  convolved: str = option('qkv', 'which of queries, keys and values are convolved')
   activation: str = option('silu', 'after the convolution', choices=('', 'silu'))
+  activated: str = option('qkv', 'which of queries, keys and values the activation follows')
   qk_norm: str = option('l2', 'of queries and keys', choices=('l2', 'rms', 'none'))
   features: str = option('', "of queries and keys after their norm: polynomial, or a name (Python: memjax.ops.neural_custom); '' = none")
   degree: int = option(2, 'of polynomial features', low=2, high=4)
@@ -156,10 +159,22 @@ class NeuralProjConfig:
 
   def __post_init__(self):
     refuse(self.conv_width == 1, 'conv_width=1 mixes no tokens; 0 is off')
+    refuse(self.convolved not in STREAMS, f'convolved={self.convolved!r} is not one of {", ".join(STREAMS)}; conv_width=0 is off')
+    refuse(self.convolved != 'qkv' and not self.conv_width, 'convolved applies to conv_width, which is 0')
+    refuse(self.activated not in STREAMS, f"activated={self.activated!r} is not one of {', '.join(STREAMS)}; activation='' is off")
+    refuse(self.activated != 'qkv' and not self.activation, 'activated applies to activation, which is off')
     is_own = self.features not in ('', 'polynomial')
     if is_own: check_registered('features', self.features, FEATURES)
     refuse(self.features == 'polynomial' and self.qk_norm != 'l2', f"features='polynomial' needs qk_norm='l2', not {self.qk_norm!r}")
     refuse(self.degree != 2 and self.features != 'polynomial', "degree applies to features='polynomial'")
+
+  def taps(self, stream: str) -> int:
+    """Taps of the convolution of 'q', 'k' or 'v'; 0 = none."""
+    return self.conv_width if stream in self.convolved else 0
+
+  def activates(self, stream: str) -> bool:
+    """Whether the activation follows 'q', 'k' or 'v'."""
+    return bool(self.activation) and stream in self.activated
 
 
 @config

@@ -73,6 +73,11 @@ class NeuralProjections(nn.Module):
     return H * K, H * K * pairs, H * V * pairs
 
   @property
+  def convolved(self) -> tuple[int, int, int]:
+    """Of these the channels that are convolved."""
+    return tuple(width * (name in self.config.proj.convolved) for name, width in zip('qkv', self.channels, strict=True))
+
+  @property
   def network(self) -> Network:
     """The network whose weights are the memory of a head."""
     n, (_, K, V) = self.config.net, self.shape
@@ -94,7 +99,7 @@ class NeuralProjections(nn.Module):
     linear = dict(std=self.std, dtype=self.dtype, lora=self.lora)
     names = ('query', 'key', 'value')
     self.linear = {n: Linear(width, ('embed', 'heads'), name=n, **linear) for n, width in zip(names, self.channels, strict=True)}
-    if c.proj.conv_width: self.taps = self.param('taps', partitioned(same_tap, (None, 'heads')), (c.proj.conv_width, sum(self.channels)))
+    if c.proj.conv_width: self.taps = self.param('taps', partitioned(same_tap, (None, 'heads')), (c.proj.conv_width, sum(self.convolved)))
     zero, made = nn.initializers.zeros_init(), {}
     for name in self.names[:-1]:
       bias = lambda key, shape, dtype=jnp.float32, name=name: jnp.asarray(np.broadcast_to(self.biases(name), shape), dtype)
@@ -155,7 +160,7 @@ class NeuralProjections(nn.Module):
   def tails(self) -> dict[str, tuple[int, int]]:
     """Tokens and channels of what the state carries: raw streams, and with `lookahead` the last key with a mark that there is one."""
     p, keys = self.config.proj, self.shape[0] * self.config.write.pairs * self.key_width
-    return {'stream': (max(p.conv_width - 1, 0), sum(self.channels)), **({'key': (1, keys + 1)} if p.lookahead else {})}
+    return {'stream': (max(p.conv_width - 1, 0), sum(self.convolved)), **({'key': (1, keys + 1)} if p.lookahead else {})}
 
   def items(self, inputs: NeuralInputs, tail: dict, *, written_BxL=None, reset_BxL=None) -> tuple[NeuralItems, dict]:
     """(items, next tails): convolution over written tokens of a document, activation, norm, and the pairing of keys and values."""
@@ -163,11 +168,12 @@ class NeuralProjections(nn.Module):
     wide, L = jnp.promote_types(jnp.float32, self.dtype), inputs.gate_BxLxGxH.shape[1]
     flow, new, streams = dict(written_BxL=written_BxL, reset_BxL=reset_BxL), dict(tail), tuple(map(row_major, inputs.streams))
     if p.conv_width:                                                 # each on its own: side by side they would be copied
-      taps, sides = find_taps(p.conv_width, L, **flow), np.cumsum(self.channels)[:-1]
-      each = list(zip(streams, jnp.split(self.taps, sides, -1), jnp.split(tail['stream'], sides, -1), strict=True))
-      new['stream'] = jnp.concatenate([next_tail(x, before, taps) for x, _, before in each], -1)
-      streams = [narrow_gradient(x.dtype, short_conv(x, own, before, taps, dtype=wide)) for x, own, before in each]
-    streams = [jax.nn.silu(x.astype(wide)) if p.activation else x.astype(wide) for x in streams]
+      taps, sides = find_taps(p.conv_width, L, **flow), np.cumsum(self.convolved)[:-1]
+      each = list(zip('qkv', streams, jnp.split(self.taps, sides, -1), jnp.split(tail['stream'], sides, -1), strict=True))
+      new['stream'] = jnp.concatenate([next_tail(x, before, taps) for name, x, _, before in each if p.taps(name)], -1)
+      streams = [narrow_gradient(x.dtype, short_conv(x, own, before, taps, dtype=wide)) if p.taps(name) else x
+                 for name, x, own, before in each]
+    streams = [jax.nn.silu(x.astype(wide)) if p.activates(name) else x.astype(wide) for name, x in zip('qkv', streams, strict=True)]
     cut = lambda a: a.reshape(*a.shape[:2], H, -1)
     query, key = (finished(a.reshape(*a.shape[:2], -1, K), self.config, inputs.position_BxL) for a in streams[:2])
     key, value, gate = cut(key), cut(streams[2]), inputs.gate_BxLxGxH

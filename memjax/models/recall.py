@@ -34,16 +34,16 @@ class Recall(nn.Module):
       self.own = self.param('learned', partitioned(nn.initializers.normal(1.0), (None, 'heads')), (self.learned, H * K))
       return
     self.query = Linear(H * K, ('embed', 'heads'), name='query', **shared)
-    if p.conv_width: self.taps = self.param('taps', partitioned(same_tap, (None, 'heads')), (p.conv_width, H * K))
+    if p.taps('q'): self.taps = self.param('taps', partitioned(same_tap, (None, 'heads')), (p.conv_width, H * K))
 
   def queries(self, x_BxLxD: jax.Array, tail_BxTxE: jax.Array, *, position_BxL: jax.Array, **flow) -> tuple[jax.Array, jax.Array]:
     """(queries [B, L, H, K] by convolution over written tokens of a document, activation and norm; next tail)."""
     p, (H, K, _) = self.config.proj, self.shape
     x = self.query(x_BxLxD).astype(jnp.promote_types(jnp.float32, self.dtype))
-    if p.conv_width:
+    if p.taps('q'):
       taps = find_taps(p.conv_width, x.shape[1], **flow)
       x, tail_BxTxE = short_conv(x, self.taps, tail_BxTxE, taps), next_tail(x, tail_BxTxE, taps)
-    if p.activation: x = jax.nn.silu(x)
+    if p.activates('q'): x = jax.nn.silu(x)
     return finished(x.reshape(*x.shape[:2], H, K), self.config, position_BxL).astype(self.dtype), tail_BxTxE
 
   def constants(self, rows: int) -> jax.Array:

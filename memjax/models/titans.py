@@ -50,7 +50,7 @@ def context_state(config: ModelConfig, names: tuple[str, str], batch: int) -> Co
   start = {name: jnp.zeros((batch, H, *shape), wide) for name, shape in memory.rule.network.fast.items()}
   count = jnp.zeros((batch,), jnp.int32)
   reads_once = titans.write == 'input'
-  tail = jnp.zeros((batch, 0 if titans.learned or reads_once else max(memory.config.proj.conv_width - 1, 0), H * K), wide)
+  tail = jnp.zeros((batch, 0 if titans.learned or reads_once else max(memory.config.proj.taps('q') - 1, 0), H * K), wide)
   asked = (jnp.zeros((batch, S, H, memory.parts.key_width), wide), jnp.zeros((batch, S), jnp.int32)) if titans.asked == 'previous' else None
   begins = memory.config.chunk < S and not reads_once and (asked is None or titans.read == 'segment')
   return ContextState(pair(S * (1 + titans.lookback)), pair(0 if titans.learned else S), count, count, tail, start if begins else None,

@@ -8,6 +8,7 @@ import pytest
 from flax import linen as nn
 
 from memjax.config.neural import NeuralConfig, NeuralNetConfig
+from memjax.memory.neural_inputs import NeuralInputs
 from memjax.memory.registry import make_memory
 from memjax.ops.neural_custom import custom
 from tests.laws.test_laws import parameters
@@ -66,7 +67,8 @@ TABLE = [
     ({'net.kind': 'attention'}, 'shape', BLOCK), ({'write.detach': 1}, 'grads', {}), ({'gates.row_factor': True}, 'shape', TTT),
     (TNT, 'shape', {}), ({'locals.chunks': (1,)}, 'output', TNT), ({'locals.shard': 3}, 'output', TNT),
     ({'locals.project': False}, 'output', TNT),
-    ({'proj.conv_width': 0}, 'shape', {}), ({'proj.activation': ''}, 'output', {}), ({'proj.qk_norm': 'rms'}, 'output', {}),
+    ({'proj.conv_width': 0}, 'shape', {}), ({'proj.convolved': 'kv'}, 'shape', {}),
+    ({'proj.activation': ''}, 'output', {}), ({'proj.activated': 'qk'}, 'output', {}), ({'proj.qk_norm': 'rms'}, 'output', {}),
     ({'proj.qk_norm': 'none'}, 'output', {}), ({'proj.lookahead': True}, 'output', {}), ({'proj.out_norm': False}, 'shape', {}),
     ({'proj.out_gate': ''}, 'shape', {}), ({'proj.out_gate': 'sigmoid'}, 'output', {}),
     ({'exec.spare': 1}, 'trace', {}), ({'exec.aligned': True}, 'trace', {}),
@@ -136,3 +138,21 @@ def test_every_field_and_every_choice_has_a_row():
   assert set(rows) == set(fields)
   for path, values in rows.items():
     assert {repr(choice) for choice in fields[path].metadata['choices']} - values <= {repr(fields[path].default)}, path
+
+
+def test_streams_that_are_convolved_and_activated():
+  """Queries the activation alone, values the convolution alone, keys neither."""
+  module = make_memory(change(BASE, {'proj.convolved': 'v', 'proj.activated': 'q', 'proj.qk_norm': 'none'}), D)
+  position, x = jnp.arange(L)[None], np.asarray(jax.random.normal(jax.random.key(1), (B, L, D)))
+  inputs = NeuralInputs((x, 2 * x, 3 * x), jnp.ones((B, L, 4, 2)))
+  taps = np.arange(1.0, 5)[:, None] * np.ones(D)
+  items = lambda module: module.projections.items(inputs, module.init_state(B).tail)[0]
+  params = parameters(module, x[:, :1], module.init_state(B), position[:, :1])
+  assert params['params']['projections']['taps'].shape == taps.shape
+  params['params']['projections']['taps'] = taps
+  found = module.apply(params, method=items)
+  flat = lambda a: np.asarray(a).reshape(B, L, D)
+  np.testing.assert_allclose(flat(found.query), x / (1 + np.exp(-x)), atol=1e-6)
+  np.testing.assert_allclose(flat(found.key), 2 * x, atol=1e-6)
+  padded = np.pad(3 * x, ((0, 0), (3, 0), (0, 0)))
+  np.testing.assert_allclose(flat(found.value), sum((j + 1) * padded[:, 3 - j:3 - j + L] for j in range(4)), atol=1e-5)
