@@ -44,6 +44,7 @@ REFUSED = [
   (lambda: NeuralRuleConfig(mode='block', read='before'), "read applies to modes 'token' and 'exact'"),
   (lambda: NeuralRuleConfig(momentum='muon'), "momentum='muon' needs mode='block', not 'token'"),
   (lambda: NeuralConfig(net=NeuralNetConfig(weight_norm=True)), "net.weight_norm applies to rule.mode='block', not to 'token'"),
+  (lambda: NeuralConfig(write=NeuralWriteConfig(shrink=.1)), "write.shrink applies to rule.mode='block', not to 'token'"),
   (lambda: NeuralGatesConfig(theta_raw=True, theta_norm='none'), "theta_norm='none' does not apply to theta_raw"),
   (lambda: NeuralGatesConfig(theta_raw=True, theta_momentum_norm=False), 'theta_momentum_norm does not apply to theta_raw'),
   (lambda: NeuralProjConfig(conv_width=1), 'conv_width=1 mixes no tokens; 0 is off'),

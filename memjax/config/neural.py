@@ -127,6 +127,7 @@ class NeuralWriteConfig:
   persistent: int = option(0, 'learned tokens that every document begins with: they are written before it, in a chunk of their own', low=0)
   per_tensor: bool = option(False, 'a learned factor in (0, 2) on the step size for each fast tensor (not in mode exact)')
   refresh: int = option(0, 'mode chunk_gates: chunks between the weights at which gradients are taken; 0 = always the learned start', low=0)
+  shrink: float = option(0.0, 'how far the end of a chunk moves every weight towards what forgetting returns to (L1; mode block)', low=0.0)
   detach: int = option(0, 'chunks of a call after which outer gradients stop flowing into the memory; 0 = they never stop', low=0)
 
   def __post_init__(self):
@@ -255,6 +256,7 @@ class NeuralConfig:
     refuse(rule.mode == 'exact' and gates.theta_norm == 'chunk',
            "gates.theta_norm='chunk' would make the result of rule.mode='exact' depend on the chunk")
     refuse(net.weight_norm and rule.mode != 'block', f"net.weight_norm applies to rule.mode='block', not to {rule.mode!r}")
+    refuse(write.shrink > 0 and rule.mode != 'block', f"write.shrink applies to rule.mode='block', not to {rule.mode!r}")
     refuse(self.exec.backend == 'pallas' and gates.surprise != '', "gates.surprise does not apply to exec.backend='pallas'")
     refuse(self.exec.backend == 'pallas' and rule.mode != 'token', f"exec.backend='pallas' computes rule.mode='token', not {rule.mode!r}")
     refuse(self.exec.solver != 'blocked' and rule.mode != 'exact', f"exec.solver applies to rule.mode='exact', not to {rule.mode!r}")

@@ -59,7 +59,7 @@ class NeuralStep(Memory):
     momentum = 'cascade' if c.cascade else r.momentum
     return ops.Rule(network, r.mode, r.loss, scale, argument, momentum, r.decay_to, r.read, r.grad_at, r.clip, r.clip_kind,
                     r.first_order, c.exec.solver, c.net.weight_norm, self.dtype, c.write.pairs,
-                    c.write.refresh, c.gates.theta_norm == 'gram', c.cascade, c.exec.backend, c.exec.remat)
+                    c.write.refresh, c.gates.theta_norm == 'gram', c.cascade, c.exec.backend, c.exec.remat, c.write.shrink)
 
   @property
   def order(self) -> str:

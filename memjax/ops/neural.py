@@ -25,7 +25,8 @@ class Rule:
   """The inner loop. `scale` and `argument` belong to the loss; `clip` bounds the gradient norm of one token (0 = off), hard or
   'soft' (1 / (1 + N / clip)); `first_order` (not in mode 'exact') takes inner gradients at weights without outer gradient;
   `grad_at` 'decayed' takes the error of mode 'exact' at the decayed memory; `weight_norm` (mode 'block') rescales each column of a
-  matrix, where a chunk ends, to its norm at the learned start (LaCT); `pairs`: keys and values of each token; `refresh` (mode
+  matrix, where a chunk ends, to its norm at the learned start (LaCT); `shrink` (mode 'block') moves there every weight so far towards
+  what forgetting returns to, and not past it; `pairs`: keys and values of each token; `refresh` (mode
   'chunk_gates'): chunks between the weights at which gradients are taken, 0 = always the learned ones; `gram` (mode 'token'): each
   gradient is divided by what its inputs have in common with those of the chunk so far (`overlap`); `order`: momenta of a cascade;
   `backend`: see `neural_backend`; `remat`: what the gradient of a chunk keeps (`neural_scan`)."""
@@ -50,11 +51,17 @@ class Rule:
   order: int = 0
   backend: str = 'auto'
   remat: str = 'products'
+  shrink: float = 0.0
 
   @property
   def levels(self) -> int:
     """Q."""
     return levels(self.momentum, self.order)
+
+  @property
+  def finishes(self) -> bool:
+    """Whether something is done to whole tensors where a chunk ends (`finish`)."""
+    return self.momentum == 'muon' or self.weight_norm or self.shrink > 0
 
 
 class Weights(NamedTuple):
@@ -183,10 +190,13 @@ def orthogonal(x: jax.Array) -> jax.Array:
 
 
 def finish(rule: Rule, start: Weights, memory: dict) -> dict:
-  """M where a chunk of mode 'block' ends: the steps that look at whole matrices."""
+  """M where a chunk of mode 'block' ends: the steps that are not linear in it. `shrink` is the proximal step of a penalty |W - home|."""
   out = dict(memory)
   for name, (weights, *momenta) in memory.items():
     if rule.momentum == 'muon': weights += orthogonal(momenta[0]) if is_matrix(name) else momenta[0]
+    if rule.shrink:
+      away = weights if rule.decay_to == 'init' else weights + start.fast[name]
+      weights -= jnp.clip(away, -rule.shrink, rule.shrink)
     if rule.weight_norm and is_matrix(name):
       home, size = start.fast[name], lambda a: jnp.sqrt(jnp.sum(a * a, -2, keepdims=True) + 1e-12)
       weights = (home + weights) * (size(home) / size(home + weights)) - home

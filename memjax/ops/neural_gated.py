@@ -72,7 +72,7 @@ def gated_chunk(rule: Rule, start: Weights, carry: tuple, chunk: GatedChunk, *, 
   new = commit(rule, start, memory, found=found, coefficients=made)
   if is_block:
     y = read_anchor(rule, start, {name: (a,) for name, a in fixed.items()}, chunk.query)
-    if rule.momentum == 'muon' or rule.weight_norm: new = where_rows(chunk.full, finish(rule, start, new), new)
+    if rule.finishes: new = where_rows(chunk.full, finish(rule, start, new), new)
     memory = where_rows(chunk.full, {name: levels[0] for name, levels in new.items()}, fixed), new
   else:
     seen = read_before(made) if rule.read == 'before' else made

@@ -34,7 +34,7 @@ def reference(rule: Rule, start: Weights, memory: dict, tokens: tuple, *, gates:
     share = [1.0 if gamma is None else gamma[None, :, window - 1 - n] for n in range(window) for _ in range(pairs)]
     g = jax.tree.map(lambda *one: sum(_lift(jnp.asarray(s), a) * a for s, a in zip(share, one, strict=True)), *each)
     new = {name: _update(rule, start.fast[name], leaf, g[name], gates=gate) for name, leaf in full.items()}
-    if rule.momentum == 'muon' or rule.weight_norm:
+    if rule.finishes:
       ends = (t + 1 == length) | (t % chunk == chunk - 1)
       new = {name: jnp.where(ends, _whole(rule, start.fast[name], leaf), leaf) for name, leaf in new.items()}
     seen = held if rule.mode == 'block' else full if rule.read == 'before' else new
@@ -72,14 +72,18 @@ def _gradient(rule, start, weights, token, *, pair):
 
 
 def _whole(rule, home, stack):
-  """What mode 'block' does to whole matrices at the end of a chunk."""
+  """What mode 'block' does to whole tensors at the end of a chunk."""
   w, s = stack[:, :, 0], stack[:, :, -1]
-  if stack.ndim == 4: return stack.at[:, :, 0].add(s) if rule.momentum == 'muon' else stack
-  if rule.momentum == 'muon':
+  is_vector = stack.ndim == 4
+  if rule.momentum == 'muon' and is_vector: w = w + s
+  elif rule.momentum == 'muon':
     x = s / jnp.sqrt(jnp.sum(s * s, (2, 3), keepdims=True) + 1e-12)
     for _ in range(5): x = 3.4445 * x - 4.7750 * x @ x.swapaxes(2, 3) @ x + 2.0315 * x @ x.swapaxes(2, 3) @ x @ x.swapaxes(2, 3) @ x
     w = w + x
-  if rule.weight_norm:
+  if rule.shrink:
+    to = 0 * home if rule.decay_to == 'zero' else home
+    w = to + jnp.sign(w - to) * jnp.maximum(jnp.abs(w - to) - rule.shrink, 0)
+  if rule.weight_norm and not is_vector:
     w = w * jnp.sqrt(jnp.sum(home ** 2, 2, keepdims=True) + 1e-12) / jnp.sqrt(jnp.sum(w ** 2, 2, keepdims=True) + 1e-12)
   return stack.at[:, :, 0].set(w)
 

@@ -130,7 +130,7 @@ def block_chunk(rule: Rule, start: Weights, memory: tuple[dict, dict], chunk: Ch
   held = {name: start.fast[name] + leaf for name, leaf in fixed.items()}
   found = factors(rule, held, start.slow, chunk.tokens)
   new = commit(rule, start, memory, found=found, coefficients=chunk.coefficients)
-  new = where_rows(chunk.full, finish(rule, start, new), new) if rule.momentum == 'muon' or rule.weight_norm else new
+  new = where_rows(chunk.full, finish(rule, start, new), new) if rule.finishes else new
   fixed = where_rows(chunk.full, {name: levels[0] for name, levels in new.items()}, fixed)
   return (fixed, new), (y.astype(chunk.query.dtype), tell(rule, found, y.shape[2]))
 

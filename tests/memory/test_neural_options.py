@@ -58,6 +58,7 @@ TABLE = [
     (RAW, 'output', {}), ({'gates.theta_base': 1.0}, 'output', RAW), ({'gates.eta_bias': 1.0}, 'start', {}),
     ({'gates.alpha_bias': -3.0}, 'start', {}),
     ({'write.pairs': 2}, 'shape', {}), ({'write.window': 2}, 'output', {}), ({'write.per_tensor': True}, 'shape', {}),
+    ({'write.shrink': .01}, 'output', BLOCK),
     ({'write.window_weights': True}, 'shape', {'write.window': 2}),
     ({'gates.surprise': 'z'}, 'output', {}), ({'gates.threshold': -9.0}, 'output', {'gates.surprise': 'z'}),
     ({'gates.surprise': 'norm'}, 'output', {'gates.surprise': 'z', 'gates.threshold': .5}),

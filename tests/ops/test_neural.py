@@ -54,6 +54,8 @@ CASES = {
     'block-zero': (rule('cascade', order=2, mode='block', decay_to='zero', kind='swiglu'), {'chunk': 4}),
     'block-muon': (rule('muon', mode='block', bias=True), {'chunk': 4}),
     'block-weight-norm': (rule(mode='block', weight_norm=True, decay_to='zero'), {'chunk': 4}),
+    'block-shrink': (rule(mode='block', shrink=.05, bias=True), {'chunk': 4}),
+    'block-shrink-zero': (rule('muon', mode='block', shrink=.02, weight_norm=True, decay_to='zero', bias=True), {'chunk': 4}),
     'exact-bias': (rule('nesterov', mode='exact', bias=True, **LINEAR), {'chunk': 16}),
     'exact-decayed': (rule('cascade', order=2, mode='exact', bias=True, grad_at='decayed', decay_to='zero', **LINEAR), {'chunk': 4}),
     'exact-decayed-init': (rule(mode='exact', grad_at='decayed', solver='lax', **LINEAR), {'chunk': 8}),
