@@ -6,6 +6,7 @@
   python -m benchmarks.scaling --small                                fake CPU devices, one minute
   python -m benchmarks.scaling --devices 2                            two H200s, two minutes, compilation included
 
+Rows are measured in a process of their own: where the compiler or a device ends it, that row is lost, and the next begin in another.
 Fake devices share the cores of one machine: their times say nothing about scaling, only that everything runs.
 """
 import argparse
@@ -13,11 +14,13 @@ import contextlib
 import dataclasses
 import faulthandler
 import functools
+import multiprocessing
 import os
 import re
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from typing import Any
 
 import jax
@@ -26,11 +29,12 @@ import numpy as np
 
 from benchmarks import common
 from memjax.config.mesh import MeshConfig
-from memjax.config.mixers import HolographicConfig, WindowConfig
+from memjax.config.mixers import FormConfig, HolographicConfig, WindowConfig
 from memjax.config.neural import NeuralConfig
 from memjax.config.schema import BlockConfig, Config, GroupConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from memjax.layers.tree import named, unnamed
 from memjax.models.decoder import build_decoder, param_shapes
+from memjax.ops import flash, mixing
 from memjax.runtime import sharding
 from memjax.runtime.optim import make_optimizer
 from memjax.runtime.state import abstract_state, make_train_step
@@ -76,8 +80,8 @@ class Run:
 
   def __init__(self, job: Job, a: argparse.Namespace):
     self.job, self.a, heads = job, a, a.width // 64 or 1
-    mixers = {'near': WindowConfig(heads=heads, window=a.window), 'slots': HolographicConfig(heads=heads, slots=a.slots),
-              'learns': NeuralConfig(heads=heads, chunk=a.chunk)}
+    mixers = {'near': WindowConfig(heads=heads, window=a.window, backend=a.attention), 'learns': NeuralConfig(heads=heads, chunk=a.chunk),
+              'slots': HolographicConfig(heads=heads, slots=a.slots, form=FormConfig(backend=a.mixing))}
     used = {name for layer in job.pattern for name in re.split('[+>:]', layer)}
     model = ModelConfig(width=a.width, vocabulary=a.vocabulary, pattern=job.pattern, repeats=a.layers // len(job.pattern), dtype=a.dtype,
                         mixers={name: mixer for name, mixer in mixers.items() if name in used}, block=BlockConfig(init_std=0.02))
@@ -126,7 +130,7 @@ class Run:
     return {**dataclasses.asdict(job), 'ms': 1000 * seconds, 'tokens_per_second': job.rows * job.length / seconds,
             'loss': float(metrics['loss']), 'temporary_gib': getattr(usage, 'temp_size_in_bytes', 0) / 2 ** 30,
             'compile_s': self.compile_s, 'parameters': int(self.parameters),
-            'collectives': {name: len(re.findall(rf'= [^=]*\b{name}(?:-start)?\(', text)) for name in COLLECTIVES}}
+            'collectives': {name: len(re.findall(rf' {name}(?:-start)?\(', text)) for name in COLLECTIVES}}
 
 
 def measure(job: Job, a: argparse.Namespace, tell: Callable[[str], None]) -> dict[str, Any]:
@@ -169,6 +173,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
                     help="layers; 'near+learns' has a neural memory, whose program compiles for more than a minute")
   made.add_argument('--long_pattern', type=lambda text: tuple(common.words(text)), default=('near+slots',))
   made.add_argument('--dtype', default='bfloat16')
+  made.add_argument('--mixing', choices=mixing.BACKENDS, default='auto', help='how slots are computed')
+  made.add_argument('--attention', choices=flash.BACKENDS, default='auto', help='how near is computed')
   made.add_argument('--remat', action=argparse.BooleanOptionalAction, default=True)
   sizes = {'width': (768, 64), 'layers': (12, 1), 'vocabulary': (32_000, 64), 'window': (512, 8), 'slots': (8, 4), 'chunk': (64, 4),
            'rows': (8, 4), 'length': (4096, 16), 'long_rows': (1, 1), 'long_length': (65_536, 64), 'steps': (8, 1)}
@@ -178,25 +184,64 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
   return a
 
 
+def work(pipe: Connection, rows: list[dict[str, Any]], a: argparse.Namespace) -> None:
+  """Nothing; measures the jobs after those of `rows`: sends (job, None) before each and (job, row) after it, and saves all rows."""
+  faulthandler.enable(sys.stdout)
+  if a.small and 'JAX_NUM_CPU_DEVICES' not in os.environ: jax.config.update('jax_num_cpu_devices', a.devices or 4)
+  a.devices = a.devices or jax.device_count()
+  started = time.perf_counter()
+  tell = lambda text: print(f'{time.perf_counter() - started:6.1f} s  {text}', flush=True)
+  if rows: save(rows, a)                 # what the last process has died of
+  for job in jobs(a)[len(rows):]:        # one after the other: what goes wrong in one is seen, and costs the others nothing
+    name = dataclasses.asdict(job)
+    pipe.send((name, None))
+    try: row = measure(job, a, tell)
+    except Exception as error:           # one that fails (too little memory) must not cost the rest
+      row = name | {'failed': f'{type(error).__name__}: {str(error)[:2000]}'}
+    pipe.send((name, row))
+    rows.append(row)
+    save(rows, a)
+
+
+def save(rows: list[dict[str, Any]], a: argparse.Namespace) -> None:
+  """Nothing; the JSON holds the rows so far, and apart from them the jobs that failed."""
+  done = compare([row for row in rows if 'failed' not in row])
+  failed = [row for row in rows if 'failed' in row]
+  common.save('scaling', a.output, {'rows': done, 'failed': failed, 'targets': targets(done), 'dtype': a.dtype, 'options': vars(a)},
+              commit=a.commit)
+
+
+def in_processes(target: Callable, *arguments: Any) -> list[dict[str, Any]]:
+  """All rows of `target(pipe, rows, *arguments)`, as `work` sends them. Where its process dies, the job at hand has failed, and another
+  process begins after it; raises SystemExit with the status of one that ends outside of any job.
+  """
+  rows, code, spawn = [], -1, multiprocessing.get_context('spawn')
+  while code:
+    receive, send = spawn.Pipe(duplex=False)
+    process, job = spawn.Process(target=target, args=(send, rows, *arguments), daemon=True), None
+    process.start()
+    send.close()                         # or the end of the process would not be the end of the pipe
+    with contextlib.suppress(EOFError):
+      while True:
+        job, row = receive.recv()
+        if not row: continue
+        rows.append(row)
+        job = None
+    process.join()
+    code = process.exitcode
+    if code and job is None: sys.exit(code)
+    if code: rows.append(job | {'failed': f'died by signal {-code}' if code < 0 else f'ended with status {code}'})
+  return rows
+
+
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
   """The rows, also printed and written as each is there."""
   a = arguments(argv)
-  if not a.small: faulthandler.enable(sys.stdout)
-  if a.small and 'JAX_NUM_CPU_DEVICES' not in os.environ:
-    with contextlib.suppress(RuntimeError):              # devices exist already: the caller has made them
-      jax.config.update('jax_num_cpu_devices', a.devices or 4)
-  a.devices = a.devices or (min(4, jax.device_count()) if a.small else jax.device_count())
-  started, rows = time.perf_counter(), []
-  tell = lambda text: print(f'{time.perf_counter() - started:6.1f} s  {text}', flush=True)
-  for job in jobs(a):                    # one after the other: what goes wrong in one is seen, and costs the others nothing
-    try: rows.append(measure(job, a, tell))
-    except Exception as error:           # one that fails (too little memory) must not cost the rest
-      tell(f'{job.part} {job.preset} on {job.devices} failed: {type(error).__name__}: {str(error)[:2000]}')
-      continue
-    common.save('scaling', a.output, {'rows': compare(rows), 'targets': targets(compare(rows)), 'dtype': a.dtype, 'options': vars(a)},
-                commit=a.commit)
-  rows = compare(rows)
+  made = in_processes(work, a)
+  rows = compare([row for row in made if 'failed' not in row])
   common.show('Training steps', rows, COLUMNS)
+  for row in made:
+    if 'failed' in row: print(f'{row["part"]} {row["preset"]} on {row["devices"]} failed: {row["failed"]}', flush=True)
   if not a.small: common.judge(targets(rows))
   return rows
 
