@@ -126,7 +126,9 @@ def decode(result: dict[str, Any]) -> list[str]:
   shown = table(rows, {
       'layers': 'layers', 'context': 'context', 'row': 'row', 'tokens/s': 'tokens_per_second', 'µs a token': 'us_per_token',
       'state bytes': 'state_bytes', 'times the faster attention': times})
-  return [f'Batch {result.get("batch", 1)}, width {result["width"]}.', *shown, *goals(result['targets'])]
+  checked = [f'{check["row"]} {cell(check["difference"])}' for check in result.get('checks', [])]
+  checked = [f'Largest difference of logits by kernels from those by XLA, float32: {", ".join(checked)}.'] if checked else []
+  return [f'Batch {result.get("batch", 1)}, width {result["width"]}.', *checked, *shown, *goals(result['targets'])]
 
 
 def capacity(result: dict[str, Any]) -> list[str]:
