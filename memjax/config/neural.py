@@ -63,8 +63,8 @@ class NeuralRuleConfig:
   loss_scale: str = option('half', 'factor on l2, huber and lp: 1/2, 1, or 1 / value width', choices=('half', 'sum', 'mean'))
   loss_argument: float = option(0.0, 'where huber turns linear (0 = 1), p of lp (0 = 3)', low=0.0)
   momentum: str = option('first', 'of the gradients: none, first, nesterov; cascade: gates.order of them, each the sum of the one before, '
-                         'of which W follows a learned mixture; second: cascade of 2; muon (mode block): first, orthogonalised where a '
-                         'chunk ends',
+                         'of which W follows a learned mixture; second: cascade of 2; muon (modes block and chunk_gates): first, '
+                         'orthogonalised where a chunk ends',
                          choices=('none', 'first', 'nesterov', 'second', 'cascade', 'muon'))
   forget: bool = option(True, 'learned forgetting')
   decay_to: str = option('init', 'what forgetting returns to: the learned start, or zero as in the paper', choices=('init', 'zero'))
@@ -86,11 +86,10 @@ class NeuralRuleConfig:
     refuse(self.loss_argument > 0 and self.loss not in ('huber', 'lp'), f'loss_argument applies to huber and lp, not to {self.loss}')
     refuse(self.loss == 'lp' and 0 < self.loss_argument < 1, f'loss_argument={self.loss_argument:g} of lp must be at least 1')
     refuse(self.decay_to != 'init' and not self.forget, 'decay_to needs forget')
-    refuse(self.momentum == 'muon' and self.mode != 'block', f"momentum='muon' needs mode='block', not {self.mode!r}")
+    refuse(self.momentum == 'muon' and self.mode not in ('block', 'chunk_gates'),
+           f"momentum='muon' needs mode 'block' or 'chunk_gates', not {self.mode!r}")
     refuse(self.read != 'after' and self.mode not in ('token', 'exact'),
            "read applies to modes 'token' and 'exact'; others read whole chunks")
-    refuse(self.mode == 'chunk_gates' and self.momentum not in ('none', 'first'),
-           f"momentum={self.momentum!r} has no form for 'chunk_gates'")
 
 
 @config
@@ -109,6 +108,8 @@ class NeuralGatesConfig:
   surprise: str = option('', "which tokens write: '' all; z: those whose gradient is so many standard deviations above the mean of "
                          'those before; norm: those whose gradient is so large', choices=('', 'z', 'norm'))
   threshold: float = option(0.0, 'of surprise')
+  pool: str = option('mean', 'mode chunk_gates: momentum and forgetting of a chunk are those of the mean of its tokens, or of a learned '
+                     'attention to them', choices=('mean', 'attention'))
   row_factor: bool = option(False, 'the steps of a chunk count for 1 / t + a learned number after t of its tokens (TTT; mode token)')
 
   def __post_init__(self):
@@ -248,6 +249,8 @@ class NeuralConfig:
     refuse(mixes and (self.rule.clip > 0 or self.write.per_tensor), "net.kind='attention' has no gradients of single tokens for "
            'rule.clip and write.per_tensor')
     refuse(mode == 'chunk_gates' and not self.gates.theta_raw, "rule.mode='chunk_gates' needs gates.theta_raw: a token has no momentum")
+    pools = mode == 'chunk_gates' and (self.rule.forget or self.rule.momentum != 'none')
+    refuse(self.gates.pool != 'mean' and not pools, "gates.pool needs rule.mode='chunk_gates' with rule.momentum or rule.forget")
     refuse(self.write.refresh > 0 and mode != 'chunk_gates', f"write.refresh applies to rule.mode='chunk_gates', not to {mode!r}")
 
   def __post_init__(self):

@@ -92,7 +92,8 @@ class NeuralProjections(nn.Module):
     rates = [f'rate_{name}' for name in self.network.fast] if self.config.write.per_tensor else []
     order = self.config.cascade
     cascade = [f'eta{n}' for n in range(2, order + 1)] + [f'c{n}' for n in range(order + 1) if order]
-    return (*names, *cascade, *rates, 'write')
+    pool = ['pool'] * (self.config.gates.pool == 'attention')
+    return (*names, *cascade, *rates, *pool, 'write')
 
   def setup(self):
     c, (H, _, _) = self.config, self.shape
@@ -103,8 +104,8 @@ class NeuralProjections(nn.Module):
     zero, made = nn.initializers.zeros_init(), {}
     for name in self.names[:-1]:
       bias = lambda key, shape, dtype=jnp.float32, name=name: jnp.asarray(np.broadcast_to(self.biases(name), shape), dtype)
-      made[name] = (self.param(name, partitioned(zero, ('embed', 'heads')), (self.width, H)),
-                    self.param(f'{name}_bias', partitioned(bias, ('heads',)), (H,)))
+      kernel = self.param(name, partitioned(zero, ('embed', 'heads')), (self.width, H))
+      made[name] = kernel, (jnp.zeros((H,)) if name == 'pool' else self.param(f'{name}_bias', partitioned(bias, ('heads',)), (H,)))
     self.gate = made
 
   def biases(self, name: str) -> Any:
@@ -125,9 +126,7 @@ class NeuralProjections(nn.Module):
     logit = wide_dot(x_BxLxD.astype(self.dtype), kernel, precision='highest') + bias.reshape(1, 1, -1)
     logit = logit.reshape(*logit.shape[:2], len(self.gate), -1)
     gate = {name: logit[:, :, n] for n, name in enumerate(self.gate)}
-    chunks = self.config.rule.mode == 'chunk_gates'
-    def is_plain(name): return (chunks and name in ('eta', 'alpha')) or name[0] == 'c'
-    gate = {name: a if is_plain(name) else jax.nn.sigmoid(a) for name, a in gate.items()}
+    gate = {name: a if name[0] == 'c' or name in self.pooled or name == 'pool' else jax.nn.sigmoid(a) for name, a in gate.items()}
     gate = {name: 2 * a if name.startswith('rate_') else a for name, a in gate.items()}
     gate['theta'] = gate['theta'] * self.theta_scale(gate)
     return jnp.stack([*gate.values(), jnp.ones_like(gate['theta'])], 2)
@@ -145,11 +144,19 @@ class NeuralProjections(nn.Module):
     scale = base / ((many if by_chunk else 1) * (1 if gram or c.proj.qk_norm == 'l2' else K))
     return scale * (1 - gate['eta']) if g.theta_momentum_norm and 'eta' in gate else scale
 
+  @property
+  def pooled(self) -> tuple[str, ...]:
+    """The gates that are those of a whole chunk."""
+    return tuple(name for name in self.names if name == 'alpha' or name[0] in 'ec') if self.config.rule.mode == 'chunk_gates' else ()
+
   def unpack(self, gate: jax.Array) -> Gates:
-    """The gates of [G, ..., C]; those that are not in force are zero. In mode chunk_gates eta and alpha are those of the mean logit."""
+    """The gates of [G, ..., C]; those that are not in force are zero. Those of chunks are of mean logits, or of logits weighed by
+    a softmax over the chunk."""
     found = {name: gate[n] for n, name in enumerate(self.names)}
-    for name in {'eta', 'alpha'}.intersection(found) if self.config.rule.mode == 'chunk_gates' else ():
-      found[name] = jnp.broadcast_to(jax.nn.sigmoid(found[name].mean(-1, keepdims=True)), found[name].shape)
+    share = jax.nn.softmax(found['pool'], -1) if 'pool' in found else 1 / gate.shape[-1]
+    for name in self.pooled:
+      mean = jnp.sum(share * found[name], -1, keepdims=True)
+      found[name] = jnp.broadcast_to(mean if name[0] == 'c' else jax.nn.sigmoid(mean), found[name].shape)
     zero = jnp.zeros_like(found['theta'])
     order, more = self.config.cascade, {}
     if order: more = dict(higher=tuple(found[f'eta{n}'] for n in range(2, order + 1)), mix=tuple(found[f'c{n}'] for n in range(order + 1)))

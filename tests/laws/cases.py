@@ -157,6 +157,8 @@ MORE = {
                             gates=NeuralGatesConfig(theta_raw=True, theta_base=.3)),
     'neural-refresh': neural(rule=NeuralRuleConfig(mode='chunk_gates', loss_scale='mean'), chunk=2, write=NeuralWriteConfig(refresh=2),
                              gates=NeuralGatesConfig(theta_raw=True, theta_base=.1)),
+    'neural-pooled-cascade': neural(rule=NeuralRuleConfig(mode='chunk_gates', momentum='cascade'), write=NeuralWriteConfig(pairs=2),
+                                    gates=NeuralGatesConfig(theta_raw=True, theta_base=.1, pool='attention')),
     'neural-tnt': neural(net=ONE_MATRIX, rule=NeuralRuleConfig(mode='tnt'), locals=NeuralLocalsConfig(chunks=(2, 4), shard=4),
                          exec=NeuralExecConfig(spare=2), proj=NeuralProjConfig(lookahead=True)),
     'neural-tnt-long': neural(net=NeuralNetConfig(expansion=1), rule=NeuralRuleConfig(mode='tnt'), exec=NeuralExecConfig(spare=1),

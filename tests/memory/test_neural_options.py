@@ -65,6 +65,7 @@ TABLE = [
     ({'write.persistent': 2}, 'shape', {}), ({'proj.rope': 'full'}, 'output', {}),
     ({'proj.rope': 'chunk'}, 'output', {'proj.rope': 'full'}),
     ({'write.refresh': 1}, 'output', GATED), ({'rule.mode': 'chunk_gates'}, 'output', {**GATED, 'rule.mode': 'block'}),
+    ({'gates.pool': 'attention'}, 'shape', GATED), ({'rule.momentum': 'muon'}, 'output', {**GATED, 'rule.momentum': 'first'}),
     ({'net.kind': 'attention'}, 'shape', BLOCK), ({'write.detach': 1}, 'grads', {}), ({'gates.row_factor': True}, 'shape', TTT),
     (TNT, 'shape', {}), ({'locals.chunks': (1,)}, 'output', TNT), ({'locals.shard': 3}, 'output', TNT),
     ({'locals.project': False}, 'output', TNT),

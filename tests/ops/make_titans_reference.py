@@ -9,6 +9,8 @@ import torch
 from titans_pytorch import NeuralMemory
 
 WIDTH, HEADS, CHUNK, LENGTHS = 8, 2, 4, (3, 12, 13, 15, 16)
+MORE = {'second': {'momentum_order': 2, 'batch_size': CHUNK}, 'spectral': {'spectral_norm_surprises': True},
+        'mixed': {'momentum_order': 2, 'learned_momentum_combine': True, 'learned_combine_include_zeroth': True}}
 CASES = {'default': {}, 'plain': {'momentum': False}, 'refresh-1': {'batch_size': CHUNK}, 'refresh-2': {'batch_size': 2 * CHUNK}}
 
 
@@ -24,6 +26,14 @@ def main():
     for name, value in found.items(): value.data = shared[name].clone()
     for length in LENGTHS: out[f'{case}/{length}'] = memory(x[:, :length])[0].detach().numpy()
   weights = {f'parameters/{name}': value.numpy() for name, value in shared.items()}
+  for case, options in MORE.items():                                        # one length; parameters that are new or of other shapes
+    memory = NeuralMemory(WIDTH, chunk_size=CHUNK, dim_head=WIDTH // HEADS, heads=HEADS, **options)
+    for name, value in memory.named_parameters():
+      if name in shared and shared[name].shape == value.shape: value.data = shared[name].clone()
+      else:
+        value.data += .3 * torch.randn(value.shape)
+        weights[f'{case}/parameters/{name}'] = value.data.numpy()
+    out[f'{case}/{max(LENGTHS) - 1}'] = memory(x[:, :max(LENGTHS) - 1])[0].detach().numpy()
   np.savez_compressed(Path(__file__).parent / 'titans_pytorch.npz', x=x.numpy(), **weights, **out)
 
 
