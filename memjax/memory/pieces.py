@@ -22,11 +22,6 @@ def mesh_of(rows: int, length: int) -> AbstractMesh | None:
   return mesh if ways > 1 and ways == mesh.size and rows % ways == 0 else None
 
 
-def has_elements(_primitive: Any, *_: Any, **params: Any) -> bool:
-  """Whether what an operation makes may be kept for the backward pass (a policy of `jax.checkpoint`): not an array of no elements."""
-  return 0 not in params.get('shape', ())
-
-
 def over_pieces(memory: Any, mesh: AbstractMesh, state: Any, inputs: Any, **flow: Any) -> tuple[Any, jax.Array]:
   """(state, y [B, L, E]) of `memory.parallel` on each device's rows; pieces of rows by `piece` where it `hands_over`, else in turn.
 
@@ -42,9 +37,6 @@ def over_pieces(memory: Any, mesh: AbstractMesh, state: Any, inputs: Any, **flow
     if is_linear: return call(state, axis=SEQUENCE, method='piece')
     whole = lambda state: call(state, method='parallel')
     return in_turn(whole, state, SEQUENCE) if pieces > 1 else whole(state)
-  # Kept for the backward pass, an array of no elements (cuDNN's attention has one for what it does not use) enters its shard_map, and
-  # there jaxlib 0.11.2 ends in a segmentation fault.
-  local = jax.checkpoint(local, policy=has_elements, prevent_cse=False)
   rows = spec_for(('batch',), (B,), mesh)
   tokens = P(*rows, SEQUENCE if pieces > 1 else None)
   # A state is the same on all devices of the sequence axis, which check_vma cannot see through custom_vjp.

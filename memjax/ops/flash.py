@@ -1,4 +1,6 @@
 """Causal attention of whole rows without their scores in memory: flash attention (Dao et al. 2022) through cuDNN."""
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -42,5 +44,9 @@ def flash(q_BxLxHxK: jax.Array, k_BxLxGxK: jax.Array, v_BxLxGxK: jax.Array, *, w
   G key heads serve H query heads in equal groups. Every row is one text from its first token on.
   """
   near = (window - 1, 0) if 0 < window < q_BxLxHxK.shape[1] else None
-  return jax.nn.dot_product_attention(q_BxLxHxK, k_BxLxGxK, v_BxLxGxK, is_causal=True, local_window_size=near,
-                                      implementation='xla' if jax.default_backend() == 'cpu' else 'cudnn')
+  attend = functools.partial(jax.nn.dot_product_attention, is_causal=True, local_window_size=near,
+                             implementation='xla' if jax.default_backend() == 'cpu' else 'cudnn')
+  # jax gives cuDNN an array of no elements for what is not used, and would keep it for the backward pass. Under shard_map that enters
+  # another shard_map, and jaxlib 0.11.2 ends there in a segmentation fault.
+  has_elements = lambda _, *__, **params: 0 not in params.get('shape', ())
+  return jax.checkpoint(attend, policy=has_elements, prevent_cse=False)(q_BxLxHxK, k_BxLxGxK, v_BxLxGxK)

@@ -24,6 +24,7 @@ from memjax.runtime import sharding
 from memjax.runtime.checkpoint import Checkpoints, restore
 from memjax.runtime.optim import make_optimizer
 from memjax.runtime.state import abstract_state, init_state, make_gradient
+from tests.shard_maps import empty, shard_maps
 
 L = 32
 BANK = BankConfig(heads=2, zero_out=False, shape=BankShapeConfig(entries=16, chapters=8), router=RouterConfig(top_k=2))
@@ -61,7 +62,9 @@ def gradients(config, params):
   gradient = make_gradient(model, optimizer, config)
   with jax.set_mesh(mesh):
     params = jax.device_put(params, sharding.shardings_for(axes, mesh, shapes))
-    run = jax.jit(lambda params, batch: gradient(params, (), batch, None)[:3]).lower(params, sharding.put_batch(rows(), mesh)).compile()
+    traced = jax.jit(lambda params, batch: gradient(params, (), batch, None)[:3]).trace(params, sharding.put_batch(rows(), mesh))
+    assert empty(shard_maps(traced.jaxpr.jaxpr)) == []
+    run = traced.lower().compile()
     return jax.device_get(jax.block_until_ready(run(params, sharding.put_batch(rows(), mesh)))), run.as_text()
 
 
