@@ -152,7 +152,7 @@ MORE = {
     'neural-rates': neural(net=NeuralNetConfig(expansion=1), rule=NeuralRuleConfig(mode='block'),
                            write=NeuralWriteConfig(pairs=2, per_tensor=True)),
     'neural-attention': neural(net=NeuralNetConfig(kind='attention', expansion=1), rule=NeuralRuleConfig(mode='block'),
-                               exec=NeuralExecConfig(spare=2)),
+                               gates=NeuralGatesConfig(theta_base=1.0), exec=NeuralExecConfig(spare=2)),
     'neural-pooled': neural(net=ONE_MATRIX, rule=NeuralRuleConfig(mode='chunk_gates', decay_to='zero'), chunk=3,
                             gates=NeuralGatesConfig(theta_raw=True, theta_base=.3)),
     'neural-refresh': neural(rule=NeuralRuleConfig(mode='chunk_gates', loss_scale='mean'), chunk=2, write=NeuralWriteConfig(refresh=2),
@@ -166,6 +166,7 @@ MORE = {
     'neural-gram': neural(gates=NeuralGatesConfig(theta_norm='gram'), proj=NeuralProjConfig(lookahead=True)),
     'neural-rope': neural(net=ONE_MATRIX, proj=NeuralProjConfig(rope='chunk', lookahead=True, convolved='kv', activated='v'), chunk=3,
                           write=NeuralWriteConfig(persistent=2, pairs=2, window=2)),
+    'neural-stream': neural(net=ONE_MATRIX, proj=NeuralProjConfig(source='stream')),
     'neural-persistent': neural(rule=NeuralRuleConfig(mode='block'), write=NeuralWriteConfig(persistent=3),
                                 proj=NeuralProjConfig(rope='full')),
     'mac-features': Wiring('mac', WindowConfig(heads=2, window=4), neural(chunk=2, net=ONE_MATRIX, proj=NeuralProjConfig(
