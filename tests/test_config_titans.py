@@ -5,7 +5,7 @@ import pytest
 
 from memjax.config import titans
 from memjax.config.mixers import AttentionConfig, HolographicConfig, WindowConfig
-from memjax.config.neural import NeuralConfig, NeuralNetConfig, NeuralRuleConfig
+from memjax.config.neural import NeuralConfig, NeuralNetConfig, NeuralProjConfig, NeuralRuleConfig
 from memjax.config.schema import BlockConfig, ModelConfig
 from memjax.config.titans import TitansConfig
 from tests.test_config import message_of, rules
@@ -14,6 +14,7 @@ MIXERS = {'flash': WindowConfig(heads=2, window=8, backend='cudnn'),
           'near': WindowConfig(heads=2, window=8), 'att': AttentionConfig(heads=2), 'wide': AttentionConfig(heads=2, head_width=64),
           'mem': NeuralConfig(heads=2, chunk=4), 'odd': NeuralConfig(heads=2, chunk=3), 'slots': HolographicConfig(heads=2),
           'block': NeuralConfig(heads=2, chunk=16, rule=NeuralRuleConfig(mode='block')),
+          'stream': NeuralConfig(heads=2, chunk=4, proj=NeuralProjConfig(source='stream')),
           'wait': NeuralConfig(heads=2, chunk=8, rule=NeuralRuleConfig(mode='block'), net=NeuralNetConfig(kind='attention'))}
 
 
@@ -41,6 +42,7 @@ REFUSED = [
   (lambda: model('near+slots:mac'), "ends with 'slots' of kind holographic; :mac ends with kind neural"),
   (lambda: model('att+mem:mac'), "begins with 'att' of kind attention; :mac begins with window, its segment"),
   (lambda: model('near+wait:mac'), "ends with 'wait', whose writes wait for the end of a chunk; :mac reads every token"),
+  (lambda: model('near+stream:mac'), "writes what block.titans.write says; mixers.stream.proj.source='stream' does not apply"),
   (lambda: model('near+odd:mac'), 'needs mixers.near.window=8, its segment, to be a multiple of mixers.odd.chunk=3'),
   (lambda: model('flash+mem:mac'), "attends also to what was recalled, which mixers.flash.backend='cudnn' does not have"),
   (lambda: model('near+mem:mac', ('mem',)), 'cannot be grafted: :mac puts more keys into the softmax, which disturbs the host'),

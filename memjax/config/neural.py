@@ -146,6 +146,8 @@ class NeuralLocalsConfig:
 @config
 class NeuralProjConfig:
   """From the layer's input to queries, keys and values, and from the read to its output (specification section 4)."""
+  source: str = option('input', 'of keys, values and gates: what queries see, or the norm of the residual stream at the entry of the layer',
+                       choices=('input', 'stream'))
   conv_width: int = option(4, 'taps of the causal short convolution; 0 = none', low=0)
   convolved: str = option('qkv', 'which of queries, keys and values are convolved')
   activation: str = option('silu', 'after the convolution', choices=('', 'silu'))

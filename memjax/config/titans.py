@@ -62,6 +62,7 @@ def _check_stage(model: Any, names: tuple[str, ...], wiring: str, *, path: str) 
   refuse(memory.kind != 'neural', f'{path} ends with {second!r} of kind {memory.kind}; {MAC} ends with kind neural')
   refuse(memory.waits or memory.rule.mode == 'tnt',
          f'{path} ends with {second!r}, whose writes wait for the end of a chunk; {MAC} reads every token')
+  refuse(memory.proj.source != 'input', f"{path} writes what block.titans.write says; mixers.{second}.proj.source='stream' does not apply")
   refuse(attention.kind != 'window', f'{path} begins with {first!r} of kind {attention.kind}; {MAC} begins with window, its segment')
   refuse(attention.backend.startswith('cudnn'),
          f'{path} attends also to what was recalled, which mixers.{first}.backend={attention.backend!r} does not have')

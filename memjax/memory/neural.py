@@ -32,7 +32,7 @@ class Neural(NeuralStep):
     count, wide, before = self.config.write.persistent, self.state_dtype, self.reach[1]
     home, rule = super().start(1), dataclasses.replace(self.rule, dtype=wide)          # once a call: rounded less
     tail = {name: jnp.zeros((1, *shape), wide) for name, shape in self.parts.tails.items()}
-    items, _ = self.projections.items(self.projections(self.prefix[None].astype(self.dtype), jnp.arange(count)[None]), tail)
+    items, _ = self.projections.items(self.project(self.prefix[None].astype(self.dtype), jnp.arange(count)[None]), tail)
     spread = lambda front, back: jax.tree.map(lambda a: jnp.pad(a, ((0, 0), (front, back), *((0, 0),) * (a.ndim - 2))), items)
     gates, tokens = self.tokens(spread(before, self.config.chunk - count))
     made = self.coefficients(jax.tree.map(lambda a: a[..., before:], gates))

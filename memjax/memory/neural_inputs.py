@@ -14,6 +14,7 @@ from memjax.config.neural import NeuralConfig
 from memjax.layers.conv import find_taps, next_tail, short_conv
 from memjax.layers.linear import Linear, partitioned, wide_dot
 from memjax.layers.lora import Lora
+from memjax.layers.norm import RMSNorm
 from memjax.ops.neural_custom import feature_width, features
 from memjax.ops.neural_nets import Network
 from memjax.ops.neural_steps import Gates
@@ -98,6 +99,7 @@ class NeuralProjections(nn.Module):
   def setup(self):
     c, (H, _, _) = self.config, self.shape
     linear = dict(std=self.std, dtype=self.dtype, lora=self.lora)
+    if c.proj.source == 'stream': self.norm = RMSNorm(dtype=self.dtype, name='norm')
     names = ('query', 'key', 'value')
     self.linear = {n: Linear(width, ('embed', 'heads'), name=n, **linear) for n, width in zip(names, self.channels, strict=True)}
     if c.proj.conv_width: self.taps = self.param('taps', partitioned(same_tap, (None, 'heads')), (c.proj.conv_width, sum(self.convolved)))
@@ -114,10 +116,16 @@ class NeuralProjections(nn.Module):
     if name == 'alpha': return g.alpha_bias or (np.linspace(-4, -8, H) if self.config.rule.decay_to == 'init' else -6.0)
     return g.eta_bias if name.startswith('eta') else {'theta': g.theta_bias, 'c1': 1.0}.get(name, 0.0)
 
-  def __call__(self, x_BxLxD: jax.Array, position_BxL: jax.Array) -> NeuralInputs:
-    """The big matmuls, all tokens at once; gates in float32."""
-    return NeuralInputs(tuple(linear(x_BxLxD) for linear in self.linear.values()), self.gates(x_BxLxD),
-                        position_BxL if self.config.proj.rope else None)
+  def __call__(self, x_BxLxD: jax.Array, position_BxL: jax.Array, stored_BxLxD: jax.Array | None = None) -> NeuralInputs:
+    """The big matmuls, all tokens at once; gates in float32. `stored_BxLxD`: what is written, if not x (see `stored`)."""
+    stored_BxLxD = x_BxLxD if stored_BxLxD is None else stored_BxLxD
+    streams = tuple(linear(x_BxLxD if name == 'query' else stored_BxLxD) for name, linear in self.linear.items())
+    return NeuralInputs(streams, self.gates(stored_BxLxD), position_BxL if self.config.proj.rope else None)
+
+  def stored(self, x_BxLxD: jax.Array, stream_BxLxD: jax.Array | None) -> jax.Array:
+    """What keys, values and gates are made of; a memory alone, outside of a layer, has no stream but x."""
+    if self.config.proj.source == 'input': return x_BxLxD
+    return self.norm(x_BxLxD if stream_BxLxD is None else stream_BxLxD)
 
   def gates(self, x_BxLxD: jax.Array) -> jax.Array:
     """The gates [B, L, G, H] in the order of `names`."""

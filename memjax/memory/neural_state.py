@@ -91,9 +91,14 @@ class NeuralStep(Memory):
         {name: zeros(H, rows, shape[0]) for name, shape in fast.items()}, {name: zeros(H, rows, shape[-1]) for name, shape in fast.items()},
         *tokens(C), zeros(H, Q, before + C), zeros(H, Q, Q)))
 
-  def project(self, x_BxLxD: jax.Array, position_BxL: jax.Array) -> NeuralInputs:
+  @property
+  def wants_stream(self) -> bool:
+    """Whether keys and values are made of the residual stream."""
+    return self.config.proj.source == 'stream'
+
+  def project(self, x_BxLxD: jax.Array, position_BxL: jax.Array, *, stream_BxLxD: jax.Array | None = None) -> NeuralInputs:
     """Raw queries, keys and values, and the gates."""
-    return self.projections(x_BxLxD, position_BxL)
+    return self.projections(x_BxLxD, position_BxL, self.projections.stored(x_BxLxD, stream_BxLxD))
 
   def start(self, rows: int) -> ops.Weights:
     """The learned start for some rows."""

@@ -69,9 +69,16 @@ class NeuralTnt(Memory):
     c, make = self.config, lambda config: Neural(config, self.width, dtype=self.dtype, parent=None).init_state(batch, max_len)
     return TntState(make(c.whole), tuple(make(c.local(n)) for n in range(len(c.locals.chunks))), jnp.zeros((batch,), jnp.int32))
 
-  def project(self, x_BxLxD: jax.Array, position_BxL: jax.Array) -> TntInputs:
+  @property
+  def wants_stream(self) -> bool:
+    """Whether keys and values are made of the residual stream."""
+    return self.config.proj.source == 'stream'
+
+  def project(self, x_BxLxD: jax.Array, position_BxL: jax.Array, *, stream_BxLxD: jax.Array | None = None) -> TntInputs:
     """Raw queries, keys and values, and the gates of every memory."""
-    return TntInputs(self.whole.project(x_BxLxD, position_BxL), tuple(local.projections.gates(x_BxLxD) for local in self.locals))
+    stored_BxLxD = self.whole.projections.stored(x_BxLxD, stream_BxLxD)
+    return TntInputs(self.whole.projections(x_BxLxD, position_BxL, stored_BxLxD),
+                     tuple(local.projections.gates(stored_BxLxD) for local in self.locals))
 
   def _given(self, inputs: TntInputs, tail: dict, **flow) -> list:
     """What each local memory is given: queries, keys and values after the convolution, and its own gates."""

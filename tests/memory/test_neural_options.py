@@ -69,7 +69,7 @@ TABLE = [
     ({'net.kind': 'attention'}, 'shape', BLOCK), ({'write.detach': 1}, 'grads', {}), ({'gates.row_factor': True}, 'shape', TTT),
     (TNT, 'shape', {}), ({'locals.chunks': (1,)}, 'output', TNT), ({'locals.shard': 3}, 'output', TNT),
     ({'locals.project': False}, 'output', TNT),
-    ({'proj.conv_width': 0}, 'shape', {}), ({'proj.convolved': 'kv'}, 'shape', {}),
+    ({'proj.source': 'stream'}, 'shape', {}), ({'proj.conv_width': 0}, 'shape', {}), ({'proj.convolved': 'kv'}, 'shape', {}),
     ({'proj.activation': ''}, 'output', {}), ({'proj.activated': 'qk'}, 'output', {}), ({'proj.qk_norm': 'rms'}, 'output', {}),
     ({'proj.qk_norm': 'none'}, 'output', {}), ({'proj.lookahead': True}, 'output', {}), ({'proj.out_norm': False}, 'shape', {}),
     ({'proj.out_gate': ''}, 'shape', {}), ({'proj.out_gate': 'sigmoid'}, 'output', {}),
@@ -158,3 +158,19 @@ def test_streams_that_are_convolved_and_activated():
   np.testing.assert_allclose(flat(found.key), 2 * x, atol=1e-6)
   padded = np.pad(3 * x, ((0, 0), (3, 0), (0, 0)))
   np.testing.assert_allclose(flat(found.value), sum((j + 1) * padded[:, 3 - j:3 - j + L] for j in range(4)), atol=1e-5)
+
+
+@pytest.mark.parametrize('rest', [{}, TNT], ids=['token', 'tnt'])
+def test_keys_and_values_of_the_stream(rest):
+  """Queries see the layer's input alone; keys, values and gates the norm of the stream alone."""
+  module = make_memory(change(BASE, {**rest, 'proj.source': 'stream'}), D)
+  position, x, stream = jnp.arange(L)[None], *jax.random.normal(jax.random.key(1), (2, B, L, D))
+  params = parameters(module, x[:, :1], module.init_state(B), position[:, :1])
+  project = jax.jit(lambda x, stream: module.apply(params, x, position, stream_BxLxD=stream, method='project'))
+  base, asked, stored, scaled = project(x, stream), project(2 * x, stream), project(x, stream + x), project(x, 9 * stream)
+  parts = lambda inputs: ((inputs if rest == {} else inputs.whole).streams[0], jax.tree.leaves(inputs)[1:])
+  assert module.wants_stream and differs(parts(base)[0], parts(asked)[0])
+  for one, other in ((asked, base), (scaled, base)):
+    for a, b in zip(parts(one)[1], parts(other)[1], strict=True): np.testing.assert_allclose(a, b, atol=1e-5)
+  np.testing.assert_array_equal(parts(stored)[0], parts(base)[0])
+  assert all(differs(a, b) for a, b in zip(parts(stored)[1], parts(base)[1], strict=True))
