@@ -123,6 +123,38 @@ def test_ttt_by_hand():
 
 
 @pytest.mark.slow
+def test_ttt_of_two_layers_by_hand():
+  """As above with a layer norm whose gain is an ordinary parameter and fast biases: the target of the network is v - k."""
+  net = NeuralNetConfig(expansion=1, activation='gelu', bias=True, gain='slow')
+  config = dataclasses.replace(BASE, rule=NeuralRuleConfig(momentum='none', forget=False), gates=NeuralGatesConfig(row_factor=True),
+                               proj=NeuralProjConfig(conv_width=0, activation=''), net=net)
+  def layer(w, gain, k):
+    z = jax.nn.gelu(k @ w['w_0'] + w['b_0'], approximate=False) @ w['w_1'] + w['b_1']
+    z = z - z.mean()
+    return (1 + gain) * z / jnp.sqrt(jnp.mean(z * z) + 1e-5)
+  with jax.enable_x64():
+    module, x = make_memory(config, D, dtype=jnp.float64), jnp.asarray(X, jnp.float64)
+    params = jax.tree.map(lambda a: a.astype(jnp.float64), parameters(module, x[:, :1], module.init_state(B), POSITION[:, :1]))
+    got = jax.jit(lambda x: module.apply(params, x, module.init_state(B), position_BxL=POSITION, method='mix')[0])(x)
+    inputs = module.apply(params, x, POSITION, method='project')
+    p, H, K = params['params'], 2, D // 2
+    query, key, value = (a.reshape(B, L, H, K) for a in map(np.asarray, inputs.streams))
+    query, key = (a / np.sqrt((a * a).sum(-1, keepdims=True) + 1e-6) for a in (query, key))
+    theta, want, row = np.asarray(inputs.gate_BxLxGxH)[:, :, 0], np.zeros((B, L, H, K)), np.asarray(p['row'])
+    slope = jax.jit(jax.grad(lambda w, gain, k, v: jnp.sum((layer(w, gain, k) - (v - k)) ** 2) / 2))
+    read = jax.jit(lambda w, gain, q: q + layer(w, gain, q))
+    for b, h in np.ndindex(B, H):
+      w = {name.removeprefix('start_'): np.asarray(a[h]) for name, a in p.items() if name.startswith('start_')}
+      for t in range(L):
+        if t % C == 0: held, total = w, jax.tree.map(np.zeros_like, w)
+        g = slope(held, p['slow_gain'][h], key[b, t, h], value[b, t, h])
+        total = jax.tree.map(lambda a, one, b=b, t=t, h=h: a + theta[b, t, h] * np.asarray(one), total, g)
+        w = jax.tree.map(lambda a, one, h=h, t=t: a - max(0, 1 / (t % C + 1) + row[h, t % C]) * one, held, total)
+        want[b, t, h] = read(w, p['slow_gain'][h], query[b, t, h])
+  np.testing.assert_allclose(np.asarray(got).reshape(want.shape), want, atol=1e-11)
+
+
+@pytest.mark.slow
 def test_detached_chunks():
   """No outer gradient from a chunk into the chunks before it; values as without."""
   alone = make_memory(dataclasses.replace(BASE, write=NeuralWriteConfig(detach=1), proj=NeuralProjConfig(conv_width=0)), D)
@@ -179,10 +211,11 @@ def test_long_stream_stays_bounded():
 
 
 @pytest.mark.slow
-def test_temporaries_of_training():
-  """Forward and backward of 128 heads over 8,192 tokens need at most 5 GiB beside inputs and gradients; nothing is T x T or T x P."""
+@pytest.mark.parametrize(('decay', 'most'), [('init', 5.0), ('zero', 4.2)])
+def test_temporaries_of_training(decay, most):
+  """Forward and backward of 128 heads over 8,192 tokens need at most so many GiB beside inputs and gradients; nothing is T x T or T x P."""
   rows, heads, length, width = 8, 16, 8192, 64
-  rule = Rule(Network(width, width, hidden=256), dtype=jnp.bfloat16)
+  rule = Rule(Network(width, width, hidden=256), dtype=jnp.bfloat16, decay_to=decay)
   shape = lambda *dims, dtype=jnp.float32: jax.ShapeDtypeStruct(dims, dtype)
   fast = {name: shape(heads, *dims) for name, dims in rule.network.fast.items()}
   tokens = tuple(shape(rows, heads, length, width, dtype=jnp.bfloat16) for _ in range(3))
@@ -191,7 +224,7 @@ def test_temporaries_of_training():
     found = Gates(theta, eta, alpha, jnp.ones((rows, heads, length), bool))
     return jnp.sum(jnp.square(mix(rule, start_of(fast, {}, rows), memory, tokens, gates=found, chunk=64)[1].astype(jnp.float32)))
   compiled = jax.jit(jax.grad(loss, argnums=range(5))).lower(fast, tokens, *[shape(rows, heads, length)] * 3).compile()
-  assert compiled.memory_analysis().temp_size_in_bytes <= 5 * 2 ** 30
+  assert compiled.memory_analysis().temp_size_in_bytes <= most * 2 ** 30
   text = compiled.as_text()
   assert f'{length},{length}]' not in text and f'{length},{width},256]' not in text
 

@@ -1,25 +1,33 @@
 """The neural memory under an optimiser: what is frozen stays, what is trained is reached from the default start."""
+import json
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from memjax.config.neural import NeuralConfig, NeuralLocalsConfig, NeuralNetConfig, NeuralRuleConfig
-from memjax.config.schema import GroupConfig, ModelConfig, OptimizerConfig
+from memjax.config.schema import GroupConfig, OptimizerConfig
 from memjax.layers.tree import named
-from memjax.models.decoder import build_decoder, param_shapes
+from memjax.memory.registry import make_memory
 from memjax.runtime import optim
 
+GOLDEN = Path(__file__).parent.parent / 'golden'
 DECAY = OptimizerConfig(groups={'main': GroupConfig(rate=.1, schedule='constant', weight_decay=.5)}, no_decay='')
 
 
-@pytest.mark.parametrize('mode', ['token', 'tnt'])
+@pytest.mark.parametrize('mode', ['token', pytest.param('tnt', marks=pytest.mark.slow)])
 def test_a_start_that_is_not_learned_does_not_decay(mode):
   """After AdamW with weight decay it is bit-equal, fast biases included; matrices that are learned have moved."""
   local = dict(locals=NeuralLocalsConfig(chunks=(2,), shard=4)) if mode == 'tnt' else {}
   config = NeuralConfig(heads=2, chunk=4, net=NeuralNetConfig(expansion=1, bias=True, learn_init=False), rule=NeuralRuleConfig(mode=mode),
                         **local)
-  shapes, axes = param_shapes(build_decoder(ModelConfig(width=8, hidden=8, vocabulary=11, mixers={'mem': config}, pattern=('mem',))))
+  memory = make_memory(config, 8)
+  boxed = jax.eval_shape(lambda: memory.init(jax.random.key(0), jnp.zeros((1, 1, 8)), memory.init_state(1),
+                                             position_BxL=jnp.zeros((1, 1), jnp.int32)))
+  shapes, axes = nn.unbox(boxed), nn.get_partition_spec(boxed)
   params = jax.tree.map(lambda a: jnp.ones(a.shape, a.dtype), shapes)
   optimizer = optim.make_optimizer(DECAY, params, 10, axes=axes)
   zeros = {path: jnp.zeros_like(a) for path, a in optimizer.split(params)[0].items()}
@@ -29,3 +37,9 @@ def test_a_start_that_is_not_learned_does_not_decay(mode):
   for path, a in new.items():
     if path in fixed: np.testing.assert_array_equal(a, 1)
     elif path.endswith(('kernel', 'theta')): assert float(a.max()) < 1, path
+
+
+@pytest.mark.parametrize('name', ['default', *sorted(path.stem for path in GOLDEN.glob('titans_*.json'))])
+def test_the_first_loss_is_that_of_knowing_nothing(name):
+  """Shipped configs, over bytes: within 2 % of ln 256."""
+  assert json.loads((GOLDEN / f'{name}.json').read_text())['loss'][0] == pytest.approx(np.log(256), rel=.02)

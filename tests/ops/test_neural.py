@@ -25,6 +25,7 @@ CASES = {
     'depth-4-plain': (rule(depth=4, residual=False, value_width=5, activation='gelu'), {'chunk': 16}),
     'chunk-1': (rule(), {'chunk': 1}),
     'chunk-128': (rule(), {'chunk': 128}),
+    'chunk-130': (rule('nesterov', kind='swiglu'), {'chunk': 130}),
     'swiglu-nesterov': (rule('nesterov', kind='swiglu'), {'chunk': 4}),
     'gated-second': (rule('cascade', order=2, kind='gated', activation='tanh'), {'chunk': 4}),
     'first-mixed': (rule('cascade', order=1), {'chunk': 4}),
@@ -91,6 +92,9 @@ def test_exact_does_not_depend_on_the_chunk():
     arguments = problem(given, L=130, theta=1.0)
     want = run(reference, given, arguments, chunk=1)
     for chunk in (4, 16, 64, 128): assert furthest(run(mix, given, arguments, chunk=chunk), want) <= 1e-12
+  narrow = jax.tree.map(lambda a: np.float32(a) if a.dtype == np.float64 else a, arguments)
+  given = rule(mode='exact', dtype=jnp.float32, **LINEAR)
+  for chunk in (16, 128): assert furthest(run(mix, given, narrow, chunk=chunk)[0], want[0]) <= 1e-4
 
 
 @pytest.mark.slow
@@ -225,11 +229,13 @@ def test_orthonormal_keys_are_recalled():
   assert furthest(fast['w_0'] + np.asarray(end['w_0'])[0, :, 0], value[0]) <= 1e-12
 
 
-def test_blocked_solver():
+@pytest.mark.parametrize(('size', 'width'), [(40, 12), pytest.param(128, 64, marks=pytest.mark.slow)])
+def test_blocked_solver(size, width):
+  """Near the largest step size that is stable."""
   rng = np.random.default_rng(0)
-  key = rng.normal(size=(2, 40, 12))
+  key = rng.normal(size=(2, size, width))
   key /= np.linalg.norm(key, axis=-1, keepdims=True)
-  lower, right = np.float32(1.8 * key @ np.swapaxes(key, 1, 2)), np.float32(rng.normal(size=(2, 40, 3)))
+  lower, right = np.float32(1.8 * key @ np.swapaxes(key, 1, 2)), np.float32(rng.normal(size=(2, size, 3)))
   def both(how):
     value = lambda lower, right: (lambda x: (jnp.sum(jnp.sin(x)), x))(solve(lower, right, how=how))
     (_, x), grads = quick(jax.value_and_grad(value, argnums=(0, 1), has_aux=True))(lower, right)
