@@ -4,7 +4,7 @@
 - long: one row of `--long_length` tokens on one device, and in pieces over all of them (sequence_parallel)
 
   python -m benchmarks.scaling --small                                fake CPU devices, one minute
-  python -m benchmarks.scaling --devices 2                            two H200s, two minutes, compilation included
+  python -m benchmarks.scaling --devices 2                            two H200s, about a minute a row, mostly compilation
 
 Rows are measured in a process of their own: where the compiler or a device ends it, that row is lost, and the next begin in another.
 Fake devices share the cores of one machine: their times say nothing about scaling, only that everything runs.
