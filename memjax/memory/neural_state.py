@@ -228,7 +228,8 @@ class NeuralStep(Memory):
     y_BxE = self._flat(self.read_anchor(state, items.query))[:, 0]
     slot_B = state.slot_B + 1
     full_B = written_B & (slot_B == self.config.chunk)
-    fast = where_rows(full_B, ops.finish(rule, start, fast), fast)
+    def ended(fast): return where_rows(full_B, ops.finish(rule, start, fast), fast)
+    if rule.finishes: fast = jax.lax.cond(jnp.any(full_B), ended, lambda fast: fast, fast)
     moved = where_rows(full_B, {name: levels[0] for name, levels in fast.items()}, state.anchor)
     new = state.replace(fast=where_rows(written_B, fast, state.fast), anchor=moved,
                         slot_B=jnp.where(written_B, jnp.where(full_B, 0, slot_B), state.slot_B))
