@@ -8,7 +8,7 @@ import pytest
 
 from memjax.config.errors import UserError
 from memjax.config.mixers import AttentionConfig, HolographicConfig, WindowConfig
-from memjax.config.neural import NeuralConfig, NeuralExecConfig
+from memjax.config.neural import NeuralConfig, NeuralExecConfig, NeuralNetConfig, NeuralRuleConfig
 from memjax.config.schema import EvaluationConfig, MeshConfig, ModelConfig
 from memjax.data.pipeline import eval_batches
 from memjax.data.tokens import Tokens
@@ -74,9 +74,12 @@ def test_full_attention_does_not_stream():
 
 MIXERS = {'attention': AttentionConfig(heads=4), 'window': WindowConfig(heads=4, window=16), 'holographic': HolographicConfig(heads=4),
           'neural': NeuralConfig(heads=4, chunk=64, exec=NeuralExecConfig(aligned=True))}             # one chunk, so one turn of its loop
+SLOW = {mode: dataclasses.replace(MIXERS['neural'], rule=NeuralRuleConfig(mode=mode), net=NeuralNetConfig(kind=kind))
+        for mode, kind in (('block', 'mlp'), ('exact', 'linear'))}
+MIXERS |= SLOW
 
 
-@pytest.mark.parametrize('name', MIXERS)
+@pytest.mark.parametrize('name', [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in MIXERS])
 def test_operations_agree_with_xla(name):
   """Within 5 % of XLA's own count of the forward pass, one repeat (XLA counts the body of a loop once)."""
   model = build_decoder(ModelConfig(width=64, vocabulary=64, mixers={'m': MIXERS[name]}, pattern=('m',), repeats=1))
