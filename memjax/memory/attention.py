@@ -108,9 +108,13 @@ class Attention(Memory):
     return rotate(a, position_BxL, frequencies(self.head_width, c.rotary_base, c.rope), scale=magnitude(c.rope))
 
   def write(self, state: AttentionState, inputs: AttentionInputs) -> AttentionState:
-    """Puts one key and value over the oldest slot."""
-    rows, slot_B = jnp.arange(state.count_B.shape[0]), state.count_B % state.k_BxGxMxK.shape[2]
-    put = lambda ring, new: ring.at[rows, :, slot_B].set(new.astype(ring.dtype))
+    """Puts one key and value over the oldest slot.
+
+    Each head is given its slot, not each row for all heads: a CPU would copy the ring, and devices exchange what rows write.
+    """
+    slot_BxG = jnp.broadcast_to((state.count_B % state.k_BxGxMxK.shape[2])[:, None], state.k_BxGxMxK.shape[:2])
+    one = lambda ring_MxK, slot, new_K: ring_MxK.at[slot].set(new_K.astype(ring_MxK.dtype))
+    put = lambda ring, new: jax.vmap(jax.vmap(one))(ring, slot_BxG, new)
     return AttentionState(put(state.k_BxGxMxK, inputs.k_BxLxGxK), put(state.v_BxGxMxK, inputs.v_BxLxGxK), state.count_B + 1)
 
   def read(self, state: AttentionState, inputs: AttentionInputs) -> jax.Array:
