@@ -85,6 +85,10 @@ class Memory(nn.Module):
     """Norm, gate and output projection, [B, L, D]."""
     raise NotImplementedError
 
+  def flush(self, state: State) -> State:
+    """The state after what waits for the end of its chunk was written; in most memories nothing does."""
+    return state
+
   def prepare(self, banks: dict | None = None) -> Any:
     """What depends on parameters alone (`banks`: tables that layers share, by name); computed once a call, or once for all
     calls by who keeps it. None: nothing."""

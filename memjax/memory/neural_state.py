@@ -235,6 +235,14 @@ class NeuralStep(Memory):
                         slot_B=jnp.where(written_B, jnp.where(full_B, 0, slot_B), state.slot_B))
     return new, y_BxE, tell(rule, found, 1)
 
+  def flush(self, state: NeuralState) -> NeuralState:
+    """Pending tokens in their weights, each row at the start of a chunk. Reads stay what they were (mode block: they see all that was
+    written); later tokens take their gradients at the new weights, and so differ from those of a text that went on."""
+    start, some_B = self.start(state.slot_B.shape[0]), state.slot_B > 0
+    if not self.is_block: return self._committed(state, start, some_B)
+    fast = where_rows(some_B, ops.finish(self.rule, start, state.fast), state.fast) if self.rule.finishes else state.fast
+    return state.replace(fast=fast, anchor={name: levels[0] for name, levels in fast.items()}, slot_B=jnp.zeros_like(state.slot_B))
+
   def read_pending(self, state: NeuralState, query_BxLxHxK: jax.Array, start: ops.Weights | None = None) -> jax.Array:
     """y [B, L, H, V]: queries read the weights of the state, pending tokens included; nothing is written."""
     if self.is_block: return self.read_anchor(state, query_BxLxHxK)

@@ -154,6 +154,11 @@ class NeuralTnt(Memory):
     y_BxLxE = rearrange(y.reshape(B, N * S, -1), layout.place, layout.source)[:, S:]
     return where_rows(some_B, jax.tree.map(last, rows), state), y_BxLxE
 
+  def flush(self, state: TntState) -> TntState:
+    """As in `Neural`, of each memory; shards go on. Reads change: the large memory reads as in mode block, queries see keys of chunks."""
+    local = tuple(memory.flush(own) for memory, own in zip(self.locals, state.local, strict=True))
+    return state.replace(whole=self.whole.flush(state.whole), local=local)
+
   def readout(self, x_BxLxD: jax.Array, y_BxLxE: jax.Array) -> jax.Array:
     """That of the large memory."""
     return self.whole.readout(x_BxLxD, y_BxLxE)

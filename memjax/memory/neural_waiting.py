@@ -2,6 +2,7 @@
 import jax
 import jax.numpy as jnp
 
+from memjax.config.errors import UserError
 from memjax.memory.base import where_rows
 from memjax.memory.neural import Neural
 from memjax.memory.neural_held import Pending
@@ -64,6 +65,10 @@ class NeuralWaiting(Neural):
     told = jax.tree.map(lambda a: jnp.swapaxes(now(jnp.swapaxes(a, 1, 2)), 1, 2), told)
     y_BxCxHxV = self.read_anchor(state, put(old.query_BxCxHxK, items.query, state.slot_B).astype(items.query.dtype))
     return new, self._flat(now(y_BxCxHxV))[:, 0], told
+
+  def flush(self, state):
+    """Raises UserError: a part of a chunk has no gates of its own."""
+    raise UserError('net attention and mode chunk_gates write whole chunks; read tokens up to the end of one')
 
   def read_pending(self, state, query_BxLxHxK):
     """y [B, L, H, V]: queries read the weights after the last complete chunk; those of attention as one text of their own."""

@@ -1,5 +1,6 @@
 """The decoder: embeddings, named layers (the pattern scanned over its repeats), final norm, output head."""
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ from flax import linen as nn
 
 from memjax.config.banks import for_inference, shared_table
 from memjax.config.errors import UserError
-from memjax.config.layout import mixer_names, stacks, stages, suffix_of
+from memjax.config.layout import MAC, mixer_names, stacks, stages, suffix_of
 from memjax.config.lora import check_found
 from memjax.config.quant import check_stored
 from memjax.config.schema import ModelConfig
@@ -150,6 +151,18 @@ def summarise(aux: dict, collect: bool) -> dict[str, Any]:
   return flat | ({'load': load} if load else {}) | ({'layers': layers} if collect else {})
 
 
+def each_memory(c: ModelConfig) -> Iterator[tuple[tuple[str, str, str, str], str, Memory]]:
+  """Yields ((part, layer, stage, mixer), wiring, memory) of every memory of a model."""
+  for part, layers in stacks(c).items():
+    for number, layer in enumerate(layers):
+      for stage, (names, wiring) in enumerate(stages(layer)):
+        for name in names:
+          own = f'mixers{suffix_of(stage)}'
+          above = f'{part}/layer_{number}/{own}/{name}'
+          memory = make_memory(c.mixers[name], c.width, dtype=compute_dtype(c), lora=settings(c, name, above=above), parent=None)
+          yield (part, f'layer_{number}', own, name), wiring, memory
+
+
 def prepare_memories(model: Decoder, params: dict) -> dict:
   """What the memories compute from parameters alone (keys and values of banks), by part, layer and mixer: for `prepared`.
 
@@ -158,18 +171,27 @@ def prepare_memories(model: Decoder, params: dict) -> dict:
   c, out = model.config, {}
   banks = {name: make_table(c.mixers[mixer], c.width, parent=None).apply({'params': params[f'bank_{name}']})
            for name, mixer in shared_tables(c).items()}
-  for part, layers in stacks(c).items():
-    for number, layer in enumerate(layers):
-      for stage, (names, _) in enumerate(stages(layer)):
-        for name in names:
-          own = f'mixers{suffix_of(stage)}'
-          above = f'{part}/layer_{number}/{own}/{name}'
-          memory = make_memory(c.mixers[name], c.width, dtype=compute_dtype(c), lora=settings(c, name, above=above), parent=None)
-          if type(memory).prepare is Memory.prepare: continue
-          make = lambda p, memory=memory: memory.apply({'params': p}, banks, method='prepare')
-          given = params[part][f'layer_{number}'][own][name]
-          out.setdefault(part, {}).setdefault(f'layer_{number}', {})[name] = jax.vmap(make)(given) if part == 'repeats' else make(given)
+  for (part, layer, own, name), _, memory in each_memory(c):
+    if type(memory).prepare is Memory.prepare: continue
+    make = lambda p, memory=memory: memory.apply({'params': p}, banks, method='prepare')
+    given = params[part][layer][own][name]
+    out.setdefault(part, {}).setdefault(layer, {})[name] = jax.vmap(make)(given) if part == 'repeats' else make(given)
   return out
+
+
+def flush_memories(model: Decoder, params: dict, state: dict) -> dict:
+  """The state with all that waits for the end of a chunk written, as `Memory.flush` tells.
+
+  Raises UserError for layers that read by segments (mac) and memories that write whole chunks.
+  """
+  new = {part: {layer: dict(own) for layer, own in layers.items()} for part, layers in state.items()}
+  for (part, layer, own, name), wiring, memory in each_memory(model.config):
+    if type(memory).flush is Memory.flush: continue
+    if wiring == MAC: raise UserError(f'{name} lies in a layer of kind mac, whose segments end with its chunks; flush has no form for it')
+    write = lambda p, held, memory=memory: memory.apply({'params': p}, held, method='flush')
+    if part == 'repeats': write = jax.vmap(write, (0, 1), 1)
+    new[part][layer][name] = write(params[part][layer][own][name], state[part][layer][name])
+  return new
 
 
 def build_decoder(config: ModelConfig) -> Decoder:

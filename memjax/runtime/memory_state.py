@@ -2,6 +2,7 @@
 
 A state is that of a whole decoder, so that a text goes on as if it had never been interrupted, wherever it was cut.
 """
+import functools
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from memjax.config.layout import MAC, stacks, stages
 from memjax.config.schema import Config, ModelConfig
 from memjax.layers.tree import named, unnamed
 from memjax.memory.base import where_rows
+from memjax.models.decoder import Decoder, flush_memories
 from memjax.runtime.arrays import check_fit, read_arrays, write_arrays
 from memjax.runtime.context_bank import fingerprint_of
 from memjax.runtime.sampling import Carry, Session
@@ -54,6 +56,15 @@ def reset(state: Any, mask_B: jax.Array) -> Any:
   return where_rows(mask_B, jax.tree.map(jnp.zeros_like, state), state)
 
 
+def flush(model: Decoder, params: Any, state: Any) -> Any:
+  """The state with the tokens that wait for the end of their chunk written: for the end of a text, and before `merge`.
+
+  Reads see what they saw (in modes block and tnt: all that was written); a text that goes on differs from one that was not flushed.
+  Raises UserError for layers that read by segments (mac) and for memories that write whole chunks.
+  """
+  return jax.jit(functools.partial(flush_memories, model))(params, state)
+
+
 def merge(config: ModelConfig, states: Sequence[Any], weights: Sequence[float]) -> Any:
   """One state whose neural memories differ from the learned start by the weighted mean of the differences of `states`, in weights and
   momenta; weights count relative to their sum. Attention begins anew.
@@ -89,7 +100,7 @@ def _mean(states: list, share: np.ndarray, name: str) -> Any:
   """The mean of states of one neural memory whose chunks are complete."""
   for number, state in enumerate(states, 1):
     pending = int(np.asarray(state.slot_B).max())
-    if pending: raise UserError(f'state {number} holds {pending} tokens of a chunk of {name} that is not complete; merge between chunks')
+    if pending: raise UserError(f'state {number} holds {pending} tokens of a chunk of {name} that is not complete; flush it first')
   mean = lambda *a: sum(x * one for x, one in zip(share.astype(a[0].dtype), a, strict=True))
   fast = jax.tree.map(mean, *(state.fast for state in states))
   new = jax.tree.map(jnp.zeros_like, states[0]).replace(fast=fast)

@@ -15,8 +15,8 @@ from memjax.config.neural import NeuralConfig, NeuralExecConfig, NeuralLocalsCon
 from memjax.config.schema import ModelConfig
 from memjax.data.tokenizers import ByteTokenizer
 from memjax.memory.registry import make_memory
-from memjax.models.decoder import build_decoder
-from memjax.runtime.memory_state import _merged, fork, load_state, merge, reset, save_state
+from memjax.models.decoder import build_decoder, init_params
+from memjax.runtime.memory_state import _merged, flush, fork, load_state, merge, reset, save_state
 from memjax.runtime.reading import open_run
 from memjax.runtime.sampling import Sampler, Sampling
 from tests.pieces import make_workdir, small_config, write_plays
@@ -75,6 +75,18 @@ def test_merging_is_the_weighted_mean_of_the_differences(layer, chunk):
   if layer.endswith('mac'): chex.assert_trees_all_equal(near.start, {name: levels[0] for name, levels in memory(merged).fast.items()})
   assert not any(np.asarray(a).any() for a in (jax.tree.leaves(near) if layer == 'mem>near' else [*near.token, near.slot_B]))
   chex.assert_trees_all_equal_shapes_and_dtypes(merged, one)
+
+
+def test_what_waits_is_flushed_and_then_merges():
+  model = model_of('mem>near', mem=dataclasses.replace(NEURAL, chunk=4))
+  params, state = jax.jit(lambda key: init_params(model, key)[0])(jax.random.key(0)), filled(model, 0)
+  state['repeats']['layer_0']['mem'] = memory(state).replace(slot_B=memory(state).slot_B + 2)
+  after = flush(model, params, state)
+  assert not np.asarray(memory(after).slot_B).any() and np.abs(memory(after).fast['w_0'][0] - memory(state).fast['w_0'][0]).max() > 1e-4
+  chex.assert_trees_all_equal_shapes_and_dtypes(merge(model.config, [after, after], [1, 1]), state)
+  wired = model_of('near+mem:mac', mem=dataclasses.replace(NEURAL, chunk=2))
+  with pytest.raises(UserError, match='mem lies in a layer of kind mac, whose segments end with its chunks'):
+    jax.eval_shape(lambda: flush(wired, init_params(wired, jax.random.key(0))[0], wired.init_state(1)))
 
 
 def test_what_cannot_be_merged():
