@@ -27,7 +27,6 @@ from benchmarks import (
   routed,
   scaling,
 )
-from tests import dies
 from tests.adapters.gguf_files import write_case
 
 ABSENT = ('ml_collections', 'grain', 'orbax', 'tokenizers', 'tensorboardX')
@@ -77,13 +76,6 @@ def test_scaling(tmp_path):
   assert pieces['loss'] == pytest.approx(rows['long', 'dp']['loss'], rel=1e-2) and pieces['collectives']['collective-permute'] > 0
   assert weak['efficiency'] == pytest.approx(weak['times_one'] / 4, rel=1e-3)
   assert report_scaling.scaling(json.loads(path.read_text()), report.table, report.cell)
-
-
-def test_a_row_that_ends_its_process_costs_no_other():
-  rows = scaling.in_processes(dies.work, ['one', 'crash', 'two', 'exit'])
-  assert rows == [{'part': 'one', 'ms': 1.0}, {'part': 'crash', 'failed': 'died by signal 9'}, {'part': 'two', 'ms': 1.0},
-                  {'part': 'exit', 'failed': 'ended with status 3'}]
-  with pytest.raises(SystemExit, match='4'): scaling.in_processes(dies.work, [])
 
 
 def test_holographic_targets_compare_the_named_rows():

@@ -1,4 +1,4 @@
-"""docs/scale.md: its commands parse, its presets are those of the config, and what it says is refused is refused."""
+"""docs/scale.md: its commands parse, its presets are those of the config, what it says is refused is refused; the rows of its benchmark."""
 import os
 import re
 import shlex
@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import scaling
 from memjax import train
 from memjax.config.errors import UserError
 from memjax.config.flags import call, parse
 from memjax.config.mesh import PRESETS
 from memjax.memory.registry import MEMORIES
 from memjax.runtime import flops
+from tests import dies
 from tests.runtime.conftest import write_text
 from tests.test_readme import ROOT, blocks, commands
 
@@ -56,3 +58,10 @@ def test_two_processes_and_then_one(tmp_path, monkeypatch):
   again = next(words for words in COMMANDS if 'runs/two' in words)
   assert call(train.main, flags=train.FLAGS, argv=[*place(again), *small, '--config.training.steps=3']) == 0
   assert (tmp_path / 'run' / 'checkpoints' / '3').is_dir()
+
+
+def test_a_row_that_ends_its_process_costs_no_other():
+  rows = scaling.in_processes(dies.work, ['one', 'crash', 'two', 'exit'])
+  assert rows == [{'part': 'one', 'ms': 1.0}, {'part': 'crash', 'failed': 'died by signal 9'}, {'part': 'two', 'ms': 1.0},
+                  {'part': 'exit', 'failed': 'ended with status 3'}]
+  with pytest.raises(SystemExit, match='4'): scaling.in_processes(dies.work, [])
