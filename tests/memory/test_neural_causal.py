@@ -19,8 +19,7 @@ MORE = {'own-features': neural(proj=NeuralProjConfig(features='products', rope='
                               rule=NeuralRuleConfig(momentum='cascade', clip=.1, clip_kind='soft', read='before')),
         'block-cascade': neural(rule=NeuralRuleConfig(mode='block', momentum='cascade'), net=NeuralNetConfig(kind='gated', depth=1))}
 ALL = {**NEURAL, **MORE}
-QUICK = ('own-features',)
-every = pytest.mark.parametrize('name', [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in sorted(ALL)])
+every = pytest.mark.parametrize('name', [pytest.param(name, marks=pytest.mark.slow) for name in sorted(ALL)])
 
 
 def case(name): return exact(name) if name in NEURAL else Exact(MORE[name])
