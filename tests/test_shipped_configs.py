@@ -31,7 +31,7 @@ LONG = ('adapter_qwen2p5_1p5b', 'adapter_smollm2_135m', 'attention_150m', 'atten
         'titans_mag_170m', 'titans_mal_170m', 'titans_tiny', 'vanilla_control', 'wikitext2')
 # Put together by `make test-slow`: those so like adapter_smollm2_135m, and large ones that are slow to trace.
 LIKE = ('adapter_qwen2p5_1p5b', 'attention_150m', 'hybrid_150m', 'memory_lora_combined', 'titans_mac_170m', 'titans_mag_170m',
-        'titans_mal_170m')
+        'titans_mal_170m', 'titans_linear_exact', 'attention_small', 'vanilla_control')
 
 
 def some(slow): return [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in NAMES]

@@ -43,6 +43,7 @@ def afresh(host, sampler, messages):
   return say(other, 'er')
 
 
+@pytest.mark.slow
 def test_replies_go_on_from_the_state(host, sampler, monkeypatch):
   entered, extend = [], Sampler.extend
   def spy(self, params, session, prompts):

@@ -7,7 +7,7 @@ import pytest
 from memjax.config.errors import UserError
 from tests.memory.exactly import B, exact, far
 
-CASES = ('neural', *(pytest.param(name, marks=pytest.mark.slow) for name in ('neural-exact', 'neural-omega', 'neural-clip')))
+CASES = [pytest.param(name, marks=pytest.mark.slow) for name in ('neural', 'neural-exact', 'neural-omega', 'neural-clip')]
 READ = 7                              # tokens of the text, in the middle of a chunk
 
 

@@ -87,7 +87,7 @@ def test_chapters_that_nobody_reads_stay_as_they_are_where_the_group_is_sparse(t
   assert 'repeats/layer_0/mixers/c/bank/entries_step' in first               # learned: it moved with all else
 
 
-@pytest.mark.parametrize('sparse', [True, False])
+@pytest.mark.parametrize('sparse', [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_rows_without_gradient_are_moved_by_decay_and_momentum_unless_sparse(sparse):
   config = OptimizerConfig(groups={'main': GroupConfig(rate=.1, schedule='constant', weight_decay=.5, clip=0.0, sparse=sparse)})
   params = {'bank': {'entries': jnp.ones((4, 2))}, 'repeats': {'entries': jnp.ones((2, 4, 2))}}

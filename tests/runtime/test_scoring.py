@@ -23,7 +23,7 @@ def objective(model, batch):
   return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
 
-@pytest.mark.parametrize('tie', [False, True])
+@pytest.mark.parametrize('tie', [pytest.param(False, marks=pytest.mark.slow), True])
 def test_pieces_equal_the_whole(tie, monkeypatch):
   model, batch = model_of(tie), toy.batch()
   params = init_params(model, jax.random.key(0))[0]
