@@ -53,7 +53,8 @@ def library_model(row: str, *, width: int, layers: int, dtype: str, batch: int):
   config = dataclasses.replace(config, mixers={name: with_backend(mixer, backend) for name, mixer in config.mixers.items()})
   model = build_decoder(config)
   def step(params, state, token_B, position_B):
-    logits, state, _ = model.apply({'params': params}, token_B[:, None], state, position_BxL=position_B[:, None])
+    logits, state, _ = model.apply({'params': params}, token_B[:, None], state, position_BxL=position_B[:, None],
+                                   reset_BxL=jnp.zeros((token_B.size, 1), bool))       # as the sampler does: no text begins here
     return logits[:, 0], state
   params = jax.jit(lambda key: init_params(model, key)[0])(jax.random.key(0))
   return params, lambda context: model.init_state(batch, context), step

@@ -172,7 +172,8 @@ class Sampler:
       if self.ends:
         token_B = jnp.where(done_B, jnp.int32(self.ends[0]), token_B)
         done_B |= (token_B[:, None] == jnp.asarray(self.ends, jnp.int32)[None]).any(-1)
-      flow = {'position_BxL': carry.position_B[:, None], 'prepared': prepared}
+      # no text begins here: a constant, so that no state is compared with an empty one and copied
+      flow = {'position_BxL': carry.position_B[:, None], 'reset_BxL': jnp.zeros((token_B.size, 1), bool), 'prepared': prepared}
       logits_BxA, state = self._prefill(params, carry.state, token_B[:, None], flow)
       return Carry(logits_BxA, state, carry.position_B + 1, carry.count + 1, done_B), token_B
     if not self.ends:
