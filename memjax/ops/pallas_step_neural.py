@@ -9,7 +9,7 @@ twice. Products are not rounded to the compute dtype, but for those that move a 
     marks: slot of the token (chunk: it does not write), whether it starts a document, whether it completes its chunk
 """
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,19 +21,10 @@ from memjax.ops.neural_nets import EPSILON
 from memjax.ops.neural_steps import Coefficients
 from memjax.ops.pallas_chunk import dot, wide
 from memjax.ops.pallas_neural import supports as can_write
+from memjax.ops.pallas_neural_kernels import Plan
 from memjax.ops.pallas_neural_rows import judge, silu
 
 BLOCK = 32                           # hidden channels of a program
-
-
-class Plan(NamedTuple):
-  """What is fixed while tracing."""
-  levels: int
-  blocks: int
-  block: int
-  scale: float
-  dtype: Any
-  is_compiled: bool
 
 
 class Token(NamedTuple):
