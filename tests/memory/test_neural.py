@@ -98,20 +98,25 @@ def test_every_prefix_then_steps(mode):
       close(jax.tree.map(lambda a: a[1], state), jax.tree.map(lambda a: a[1], states[n - 1]), 1e-10)
 
 
+def ttt_run(config):
+  """((reads, parameters) of X in float64, (unit queries and keys, values [B, L, H, K], step sizes [B, L, H], factors of rows))."""
+  module, x = make_memory(config, D, dtype=jnp.float64), jnp.asarray(X, jnp.float64)
+  params = jax.tree.map(lambda a: a.astype(jnp.float64), parameters(module, x[:, :1], module.init_state(B), POSITION[:, :1]))
+  got = jax.jit(lambda x: module.apply(params, x, module.init_state(B), position_BxL=POSITION, method='mix')[0])(x)
+  inputs, p = module.apply(params, x, POSITION, method='project'), params['params']
+  query, key, value = (a.reshape(B, L, 2, D // 2) for a in map(np.asarray, inputs.streams))
+  query, key = (a / np.sqrt((a * a).sum(-1, keepdims=True) + 1e-6) for a in (query, key))
+  return (got, p), (query, key, value, np.asarray(inputs.gate_BxLxGxH)[:, :, 0], np.asarray(p['row']))
+
+
 @pytest.mark.slow
 def test_ttt_by_hand():
   """One matrix, no momentum, no forgetting: inside a chunk W_t = W - r_t sum_i theta_i k_i (k_i W - v_i), r_t = max(0, 1/t + learned)."""
   config = dataclasses.replace(BASE, rule=NeuralRuleConfig(momentum='none', forget=False), gates=NeuralGatesConfig(row_factor=True),
                                proj=NeuralProjConfig(conv_width=0, activation=''))
   with jax.enable_x64():
-    module, x = make_memory(config, D, dtype=jnp.float64), jnp.asarray(X, jnp.float64)
-    params = jax.tree.map(lambda a: a.astype(jnp.float64), parameters(module, x[:, :1], module.init_state(B), POSITION[:, :1]))
-    got = jax.jit(lambda x: module.apply(params, x, module.init_state(B), position_BxL=POSITION, method='mix')[0])(x)
-    inputs = module.apply(params, x, POSITION, method='project')
-  p, H, K = params['params'], 2, D // 2
-  query, key, value = (a.reshape(B, L, H, K) for a in map(np.asarray, inputs.streams))
-  query, key = (a / np.sqrt((a * a).sum(-1, keepdims=True) + 1e-6) for a in (query, key))
-  theta, want, row = np.asarray(inputs.gate_BxLxGxH)[:, :, 0], np.zeros((B, L, H, K)), np.asarray(p['row'])
+    (got, p), (query, key, value, theta, row) = ttt_run(config)
+  (_, _, H, K), want = query.shape, np.zeros(query.shape)
   for b, h in np.ndindex(B, H):
     w = np.asarray(p['start_w_0'])[h]
     for t in range(L):
@@ -133,14 +138,8 @@ def test_ttt_of_two_layers_by_hand():
     z = z - z.mean()
     return (1 + gain) * z / jnp.sqrt(jnp.mean(z * z) + 1e-5)
   with jax.enable_x64():
-    module, x = make_memory(config, D, dtype=jnp.float64), jnp.asarray(X, jnp.float64)
-    params = jax.tree.map(lambda a: a.astype(jnp.float64), parameters(module, x[:, :1], module.init_state(B), POSITION[:, :1]))
-    got = jax.jit(lambda x: module.apply(params, x, module.init_state(B), position_BxL=POSITION, method='mix')[0])(x)
-    inputs = module.apply(params, x, POSITION, method='project')
-    p, H, K = params['params'], 2, D // 2
-    query, key, value = (a.reshape(B, L, H, K) for a in map(np.asarray, inputs.streams))
-    query, key = (a / np.sqrt((a * a).sum(-1, keepdims=True) + 1e-6) for a in (query, key))
-    theta, want, row = np.asarray(inputs.gate_BxLxGxH)[:, :, 0], np.zeros((B, L, H, K)), np.asarray(p['row'])
+    (got, p), (query, key, value, theta, row) = ttt_run(config)
+    (_, _, H, _), want = query.shape, np.zeros(query.shape)
     slope = jax.jit(jax.grad(lambda w, gain, k, v: jnp.sum((layer(w, gain, k) - (v - k)) ** 2) / 2))
     read = jax.jit(lambda w, gain, q: q + layer(w, gain, q))
     for b, h in np.ndindex(B, H):
