@@ -20,8 +20,9 @@ from memjax.memory.tiers import Tiers
 from memjax.ops.binding import from_spectrum, resolve_transform, unbind
 from memjax.ops.delta import delta_write, slot_delta
 from memjax.ops.mixing import holographic_mix, is_fused
-from memjax.ops.pallas_step import is_whole, pallas_step, plan_step
+from memjax.ops.pallas_step import pallas_step, plan_step
 from memjax.ops.recurrence import slot_copies, slot_mix, slot_read, slot_scores, slot_write
+from memjax.ops.sequence import has_whole_rows
 
 FLOW = ('mask_BxL', 'write_mask_BxL', 'reset_BxL')
 
@@ -138,7 +139,7 @@ class Holographic(Memory):
   def step_plan(self):
     """How the kernel takes a token; None: XLA does."""
     c, (_, _, S, K) = self.config, self.parts.shape
-    return plan_step(c.binding.kind, S, K, order=self.order) if c.form.backend == 'pallas' and is_whole() else None
+    return plan_step(c.binding.kind, S, K, order=self.order) if c.form.backend == 'pallas' and has_whole_rows() else None
 
   def _fused_step(self, plan, state, found, *, mask_B, written_B, reset_B):
     """The step by the kernel, from items and the next tail."""

@@ -6,15 +6,15 @@ from memjax.memory.base import where_rows
 from memjax.memory.neural_held import NeuralState
 from memjax.ops.neural_scan import tell
 from memjax.ops.neural_steps import advance, steps
-from memjax.ops.pallas_step import is_whole
 from memjax.ops.pallas_step_neural import Token, neural_step, supports
+from memjax.ops.sequence import has_whole_rows
 
 
 def has_kernels(memory) -> bool:
   """Whether kernels take a token of this memory: exec.backend 'pallas', and what they compute."""
   c, rule = memory.config, memory.rule
   own = c.write.window == 1 and not (c.waits or c.write.per_tensor or c.gates.surprise or c.gates.row_factor)
-  return rule.backend == 'pallas' and own and supports(rule, c.chunk) and is_whole()
+  return rule.backend == 'pallas' and own and supports(rule, c.chunk) and has_whole_rows()
 
 
 def emptied(state: NeuralState, *, in_place: bool) -> NeuralState:

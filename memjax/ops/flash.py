@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from memjax.config.errors import UserError
+from memjax.ops.sequence import has_whole_rows
 
 BACKENDS = ('auto', 'xla', 'cudnn', 'cudnn_rows')
 
@@ -17,11 +18,11 @@ def capability() -> tuple[int, ...]:
 
 def obstacle(q_BxLxHxK: jax.Array, *, persistent: int = 0) -> str:
   """Why cuDNN cannot compute attention of these queries, or ''. A CPU computes the same by `jax.nn.dot_product_attention` in XLA."""
-  width, mesh, is_cpu = q_BxLxHxK.shape[-1], jax.sharding.get_abstract_mesh(), jax.default_backend() == 'cpu'
+  width, is_cpu = q_BxLxHxK.shape[-1], jax.default_backend() == 'cpu'
   widest = 256 if capability() >= (9,) else 128
   reasons = {
     'has no persistent tokens': persistent > 0,
-    'runs on one device, or on the rows of each': bool(mesh.size > 1 and set(mesh.axis_names) - set(mesh.manual_axes)),
+    'runs on one device, or on the rows of each': not has_whole_rows(),
     'needs an NVIDIA GPU of compute capability 8.0 or above': not is_cpu and capability() < (8,),
     'needs bfloat16 or float16': not is_cpu and q_BxLxHxK.dtype not in (jnp.bfloat16, jnp.float16),
     f'needs head widths that are multiples of 8 up to {widest}': not is_cpu and (width % 8 > 0 or width > widest),

@@ -7,6 +7,7 @@ from memjax.ops.binding import bind, from_spectrum, inverse, resolve_transform, 
 from memjax.ops.chunked import EXPONENT
 from memjax.ops.pallas_mixing import choose_chunk, pallas_mix
 from memjax.ops.recurrence import clean, slot_mix
+from memjax.ops.sequence import has_whole_rows
 
 BACKENDS = ('auto', 'xla', 'pallas')
 MATRIX, WIDEST = 16, 128           # the least side of a block that matrix units take; the widest that compiles
@@ -55,7 +56,7 @@ def kernel_chunk(slots: int, width: int, *, log_keep=None, chunk: int = 0, floor
 def obstacle(query_shape: tuple[int, ...], slots: int, *, binding: str, transform: str = 'folded', log_keep=None, form: str = 'chunk',
              chunk: int = 0, decay: str = 'auto', floor: float = -20.0, axis: str = '', **_) -> str:
   """Why the kernels cannot compute this mixing, or ''."""
-  groups, width, mesh = query_shape[2], query_shape[4], jax.sharding.get_abstract_mesh()
+  groups, width = query_shape[2], query_shape[4]
   is_slot = log_keep is not None and log_keep.shape[-1] > 1
   size = kernel_chunk(slots, width, log_keep=log_keep, chunk=chunk, floor=floor)
   block = width // (1 if binding in ('bipolar', 'hlb') else 2)
@@ -65,7 +66,7 @@ def obstacle(query_shape: tuple[int, ...], slots: int, *, binding: str, transfor
     'computes the chunked form': form != 'chunk' or (log_keep is not None and log_keep.ndim == 5),
     f'needs factored decay, chunk x |floor| <= {EXPONENT:g}': is_slot and (decay == 'exact' or size * -floor > EXPONENT),
     'takes no pieces of a sequence': bool(axis),
-    'runs on one device, or on the rows of each': bool(mesh.size > 1 and set(mesh.axis_names) - set(mesh.manual_axes)),
+    'runs on one device, or on the rows of each': not has_whole_rows(),
     f'needs chunks, widths and halves of pairs that are powers of two from {MATRIX} to {WIDEST}':
         jax.default_backend() != 'cpu' and not all(power(n) and MATRIX <= n <= WIDEST for n in (size, block)),
     f'takes at most {WIDEST} slots': slots > WIDEST,

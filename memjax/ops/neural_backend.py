@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from memjax.config.errors import UserError
 from memjax.ops import pallas_neural
 from memjax.ops.neural import Rule, Tokens
+from memjax.ops.sequence import has_whole_rows
 
 WIDEST = 64                          # channels of a key at which the kernels were timed; wider tiles may not fit shared memory
 
@@ -27,12 +28,12 @@ def _is_hopper():
 
 def obstacle(rule: Rule, tokens: Tokens, size: int) -> str:
   """Why the kernels cannot write these chunks, or ''."""
-  mesh, rows = jax.sharding.get_abstract_mesh(), tokens.weight.shape[-1]
+  rows = tokens.weight.shape[-1]
   reasons = {
     'computes in bfloat16': rule.dtype != jnp.bfloat16 and jax.default_backend() != 'cpu',
     'takes one step size for all tensors': tokens.rate is not None,
     'takes steps that follow one token': rows != size * rule.pairs,
-    'runs on one device, or on the rows of each': bool(mesh.size > 1 and set(mesh.axis_names) - set(mesh.manual_axes)),
+    'runs on one device, or on the rows of each': not has_whole_rows(),
     'computes two layers with silu and residual, loss l2 without clip, decay to the start and at most one momentum, one pair a '
     'token, at sizes that are powers of two, 16 to 128': not pallas_neural.supports(rule, rows),
   }

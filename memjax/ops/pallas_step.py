@@ -36,12 +36,6 @@ def plan_step(binding: str, slots: int, width: int, *, order: str) -> Plan | Non
   return Plan(binding, order == 'before', block, parts, jax.default_backend() != 'cpu')
 
 
-def is_whole() -> bool:
-  """Whether a kernel sees whole rows: one device, or inside of what each does with its own."""
-  mesh = jax.sharding.get_abstract_mesh()
-  return mesh.size <= 1 or set(mesh.axis_names) <= set(mesh.manual_axes)
-
-
 def _channels(plan, width):
   """The channels [block] of each part that this program takes, and whether they are real bins: dc and nyquist lead packed spectra."""
   at = pl.program_id(0) * plan.block + jnp.arange(plan.block, dtype=jnp.int32)

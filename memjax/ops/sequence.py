@@ -10,6 +10,12 @@ import jax
 import jax.numpy as jnp
 
 
+def has_whole_rows() -> bool:
+  """Whether a kernel sees all of the rows that it is given: on one device, or inside of what each does with its own."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return mesh.size <= 1 or set(mesh.axis_names) <= set(mesh.manual_axes)
+
+
 def from_before(left: Any, first: Any, axis: str) -> Any:
   """What the piece before this one left; `first` on the first piece."""
   size, is_first = jax.lax.axis_size(axis), jax.lax.axis_index(axis) == 0
