@@ -15,9 +15,11 @@ from memjax.layers.conv import find_taps, next_tail, short_conv
 from memjax.layers.linear import Linear, partitioned, wide_dot
 from memjax.layers.lora import Lora
 from memjax.layers.norm import RMSNorm
+from memjax.ops.neural_backend import uses_kernels
 from memjax.ops.neural_custom import feature_width, features
 from memjax.ops.neural_nets import Network
 from memjax.ops.neural_steps import Gates
+from memjax.ops.pallas_streams import stream, supports
 from memjax.ops.rope import frequencies, rotate
 
 ROPE_BASE = 10000.0
@@ -179,20 +181,17 @@ class NeuralProjections(nn.Module):
 
   def items(self, inputs: NeuralInputs, tail: dict, *, written_BxL=None, reset_BxL=None) -> tuple[NeuralItems, dict]:
     """(items, next tails): convolution over written tokens of a document, activation, norm, and the pairing of keys and values."""
-    p, (H, K, _) = self.config.proj, self.shape
-    wide, L = jnp.promote_types(jnp.float32, self.dtype), inputs.gate_BxLxGxH.shape[1]
-    flow, new, streams = dict(written_BxL=written_BxL, reset_BxL=reset_BxL), dict(tail), tuple(map(row_major, inputs.streams))
+    p, (H, _, _) = self.config.proj, self.shape
+    flow, new, streams, taps = dict(written_BxL=written_BxL, reset_BxL=reset_BxL), dict(tail), inputs.streams, None
+    each = list(zip('qkv', streams, streams, streams, strict=True))
     if p.conv_width:                                                 # each on its own: side by side they would be copied
-      taps, sides = find_taps(p.conv_width, L, **flow), np.cumsum(self.convolved)[:-1]
+      taps, sides = find_taps(p.conv_width, streams[0].shape[1], **flow), np.cumsum(self.convolved)[:-1]
       each = list(zip('qkv', streams, jnp.split(self.taps, sides, -1), jnp.split(tail['stream'], sides, -1), strict=True))
       new['stream'] = jnp.concatenate([next_tail(x, before, taps) for name, x, _, before in each if p.taps(name)], -1)
-      streams = [narrow_gradient(x.dtype, short_conv(x, own, before, taps, dtype=wide)) if p.taps(name) else x
-                 for name, x, own, before in each]
-    streams = [jax.nn.silu(x.astype(wide)) if p.activates(name) else x.astype(wide) for name, x in zip('qkv', streams, strict=True)]
-    cut = lambda a: a.reshape(*a.shape[:2], H, -1)
-    query, key = (finished(a.reshape(*a.shape[:2], -1, K), self.config, inputs.position_BxL) for a in streams[:2])
-    key, value, gate = cut(key), cut(streams[2]), inputs.gate_BxLxGxH
-    query, key, value = jax.lax.optimization_barrier(tuple(row_major(a.astype(self.dtype)) for a in (query, key, value)))
+    if written_BxL is None and self.is_streamed(streams[0]): query, key, value = self._streamed(each, reset_BxL)
+    else: query, key, value = self._plain(each, taps, inputs.position_BxL)
+    cut, gate = lambda a: a.reshape(*a.shape[:2], H, -1), inputs.gate_BxLxGxH
+    key, value = cut(key), cut(value)
     if p.lookahead:
       marked = jnp.concatenate([key.reshape(*key.shape[:2], -1), jnp.ones_like(key[..., 0, :1])], -1)
       taps = find_taps(2, key.shape[1], **flow)
@@ -201,6 +200,31 @@ class NeuralProjections(nn.Module):
       key = cut(before[..., :-1])
       gate = gate.at[:, :, -1].multiply(before[..., -1:].astype(gate.dtype))
     return NeuralItems(query, key, value, gate), new
+
+
+  def _plain(self, each, taps, position_BxL):
+    """Queries, keys and values of (name, stream, its taps, its tail)."""
+    p, K, wide = self.config.proj, self.shape[1], jnp.promote_types(jnp.float32, self.dtype)
+    each = [(name, row_major(x), own, before) for name, x, own, before in each]
+    streams = [narrow_gradient(x.dtype, short_conv(x, own, before, taps, dtype=wide)) if p.taps(name) else x
+               for name, x, own, before in each]
+    streams = [jax.nn.silu(x.astype(wide)) if p.activates(name) else x.astype(wide) for name, x in zip('qkv', streams, strict=True)]
+    query, key = (finished(a.reshape(*a.shape[:2], -1, K), self.config, position_BxL) for a in streams[:2])
+    return jax.lax.optimization_barrier(tuple(row_major(a.astype(self.dtype)) for a in (query, key, streams[2])))
+
+  def is_streamed(self, x_BxLxE: jax.Array) -> bool:
+    """Whether kernels make items of streams without masked tokens."""
+    (_, K, V), p, C, L = self.shape, self.config.proj, self.config.chunk, x_BxLxE.shape[1]
+    usual = all(p.taps(name) and p.activates(name) for name in 'qkv') and p.qk_norm == 'l2' and not p.rope and not p.features
+    return usual and uses_kernels(self.config.exec.backend, self.dtype) and supports(L, C, K) and supports(L, C, V)
+
+  def _streamed(self, each, reset_BxL):
+    """The same from kernels."""
+    (_, K, V), (B, L) = self.shape, each[0][1].shape[:2]
+    segment_BxL = jnp.zeros((B, L), jnp.int32) if reset_BxL is None else jnp.cumsum(reset_BxL.astype(jnp.int32), 1)
+    for (name, x, own, before), width in zip(each, (K, K, V), strict=True):
+      y = stream(x, own, before, segment_BxL, chunk=self.config.chunk, width=width, has_norm=name != 'v')
+      yield jnp.moveaxis(y, (0, 2), (1, 3)).reshape(B, L, -1, width)
 
 
 def row_major(x: jax.Array) -> jax.Array:

@@ -21,6 +21,18 @@ def is_fused(rule: Rule, tokens: Tokens, size: int) -> bool:
   return rule.backend == 'pallas' or (not reason and rule.network.key_width <= WIDEST and _is_hopper())
 
 
+def uses_kernels(backend: str, dtype: jnp.dtype) -> bool:
+  """Whether what kernels can compute is theirs: where `backend` says so, with auto where they were timed; on the rows of a device."""
+  if backend == 'xla' or _is_split(): return False
+  return backend == 'pallas' or (dtype == jnp.bfloat16 and _is_hopper())
+
+
+def _is_split():
+  """Whether arrays lie on several devices, which a kernel would read as one."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return bool(mesh.size > 1 and set(mesh.axis_names) - set(mesh.manual_axes))
+
+
 def _is_hopper():
   """Whether this is a GPU with as much shared memory a multiprocessor as those that the kernels were timed on."""
   return jax.default_backend() == 'gpu' and getattr(jax.devices()[0], 'compute_capability', '') == '9.0'

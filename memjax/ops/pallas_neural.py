@@ -20,94 +20,96 @@ from memjax.ops.pallas_neural_kernels import Plan
 
 
 class Launch(NamedTuple):
-  """Warps of each kernel; hidden channels of a program."""
-  meet_kernel: int = 4
-  judge_kernel: int = 4
+  """Warps of each kernel; hidden channels of a program, of which it holds a tile at a time; tokens of a program that judges."""
   write_kernel: int = 4
+  judge_kernel: int = 4
   push_back_kernel: int = 4
-  judge_back_kernel: int = 8
+  judge_back_kernel: int = 4
   find_back_kernel: int = 4
-  block: int = 64
+  block: int = 128
+  tile: int = 32
+  rows: int = 16
+  stages: int = 2
 
 
 class Arrays(NamedTuple):
-  """What a kernel reads, rewrites in place, and makes for the next one ('up' and 'down' are all levels of these; a gain that is not fast
-  has no arrays); its programs for each block of hidden channels, 0 = one program for all."""
+  """What a kernel reads, and what it rewrites in place ('up' and 'down' are all levels of these; a gain that is not fast has no arrays)."""
   reads: tuple[str, ...]
   rewrites: tuple[str, ...]
-  makes: tuple[str, ...] = ()
-  programs: int = 2
 
 
-# Measured on an H200 (docs/performance.md): by chunks of up to 64 tokens, and of 128.
-SHORT, LONG = Launch(), Launch(8, 8, 4, 8, 16, 8)
+class Call(NamedTuple):
+  """A kernel, its programs for each block of hidden channels (0: for tokens), what it does of what it can."""
+  kernel: str
+  arrays: Arrays
+  programs: int = 0
+  does: tuple[tuple[str, bool], ...] = ()
+
+
+SHORT = Launch()
 TOKENS = ('at', 'key', 'value', 'weight', 'push', 'turn')
-FORWARD = {
-  'meet_kernel': Arrays(('at', 'hold', 'key', 'init_up', 'init_down', 'up0', 'down0'), ('h', 'slope', 'bend'), ('part', 'anchor'), 1),
-  'judge_kernel': Arrays((*TOKENS, 'hold', 'init_gain', 'part'), ('gain', 'out', 'd', 'read', 'loss'), programs=0),
-  'write_kernel': Arrays(('at', 'hold', 'key', 'push', 'turn', 'anchor', 'slope', 'h', 'd'), ('up', 'down', 'seen_up', 'seen_down'))}
-BACKWARD = {
-  'push_back_kernel': Arrays(
+WRITE, MEET = (
+  Arrays(('at', 'hold', 'key', 'push', 'turn', 'init_up', 'init_down', 'd'), ('h', 'slope', 'up', 'down', 'seen_up', 'seen_down')),
+  Arrays(('at', 'hold', 'key', 'init_up', 'init_down'), ('up', 'down', 'h', 'slope', 'bend', 'part')))
+JUDGE = Call('judge_kernel', Arrays((*TOKENS, 'hold', 'init_gain', 'part'), ('gain', 'out', 'd', 'read', 'loss')))
+FIRST, LAST = Call('write_kernel', MEET, 1, (('writes', False),)), Call('write_kernel', WRITE, 1, (('meets', False),))
+NEXT = Call('write_kernel', Arrays(*(tuple(dict.fromkeys((*one, *two))) for one, two in zip(WRITE, MEET, strict=True))), 1)
+BACKWARD = (
+  Call('push_back_kernel', Arrays(
       ('at', 'flow', 'key', 'push', 'turn', 'init_down', 'h', 'slope', 'bend', 'seen_up', 'seen_down', 'd', 'ct_h', 'ct_seen_up',
-       'ct_seen_down'),
-      ('up', 'down', 'dpush', 'dturn', 'dkey_push'), ('dh', 'bent', 'raised', 'part')),
-  'judge_back_kernel': Arrays(
+       'ct_seen_down'), ('up', 'down', 'dh', 'bent', 'raised', 'part', 'dpush', 'dturn', 'dkey_push')), 2),
+  Call('judge_back_kernel', Arrays(
       (*TOKENS, 'hold', 'flow', 'init_gain', 'part', 'out', 'old_gain', 'ct_d', 'ct_read', 'ct_loss', 'ct_gain'),
-      ('gain', 'dkey', 'dvalue', 'dweight', 'dgain', 'gpush', 'gturn'), ('dout',), 0),
-  'find_back_kernel': Arrays(
+      ('gain', 'dkey', 'dvalue', 'dweight', 'dgain', 'gpush', 'gturn', 'dout'))),
+  Call('find_back_kernel', Arrays(
       ('at', 'flow', 'key', 'turn', 'init_up', 'init_down', 'h', 'slope', 'seen_up', 'seen_down', 'd', 'ct_seen_up', 'ct_seen_down', 'dh',
-       'bent', 'raised', 'dout'), ('up0', 'down0', 'dup', 'ddown', 'dkey_find'))}
-# Axes of arrays: N chunks, B rows, H heads, f hidden channels of a program, G all programs of a head, g one of them; the rest is whole.
+       'bent', 'raised', 'dout'), ('up0', 'down0', 'dup', 'ddown', 'dkey_find')), 2))
+# Axes of arrays: N chunks, B rows, H heads, f hidden channels of a program, G all programs of a head, g one of them, c tokens of a program
+# that judges (all of them elsewhere); the rest is whole.
 AXES = {axes: names.split() for axes, names in {
-  'A': 'at', 'NB': 'hold flow', 'NBHCK': 'key dkey', 'NBHCV': 'value d out read dvalue', 'NBHC': 'weight loss dweight',
+  'A': 'at', 'NB': 'hold flow', 'NBHcK': 'key dkey', 'NBHcV': 'value d out read dvalue', 'NBHc': 'weight loss dweight',
   'NBHQC': 'push gpush', 'NBHQP': 'turn gturn',
-  'BHKf': 'init_up up0 up1', 'BHfV': 'init_down down0 down1 anchor', 'BHV': 'init_gain', 'NBHQV': 'gain old_gain',
-  'NBHCf': 'h slope bend', 'NBHRf': 'seen_up', 'NBHfW': 'seen_down', 'BHGCV': 'part', 'BHCV': 'dout', 'BHCf': 'dh bent raised',
-  'NBHGQC': 'dpush', 'NBHGQP': 'dturn', 'NBHV': 'dgain', 'NBHKf': 'dup', 'NBHfV': 'ddown', 'NBHgCK': 'dkey_push dkey_find'}.items()}
+  'BHKf': 'init_up up0 up1', 'BHfV': 'init_down down0 down1', 'BHV': 'init_gain', 'NBHQV': 'gain old_gain',
+  'NBHCf': 'h slope bend', 'NBHRf': 'seen_up', 'NBHfW': 'seen_down', 'BHGcV': 'part', 'BHcV': 'dout', 'BHCf': 'dh bent raised',
+  'NBHGQC': 'dpush', 'NBHGQP': 'dturn', 'NBHGV': 'dgain', 'NBHKf': 'dup', 'NBHfV': 'ddown', 'NBHgCK': 'dkey_push dkey_find'}.items()}
 AXES = {name: axes for axes, names in AXES.items() for name in names}
 
 
 def _spec(plan, name, shape, programs):
-  """The block of an array on the grid (programs of a head, heads, rows); `programs` share hidden channels."""
+  """The block of an array on the grid (programs of a head, heads, rows); `programs` share hidden channels, 0: they share out tokens."""
   axes = AXES[name.removeprefix('ct_')]
-  block = tuple({'B': None, 'H': None, 'g': None, 'f': plan.block}.get(axis, size) for axis, size in zip(axes, shape, strict=True))
+  size = {'B': None, 'H': None, **({'g': None, 'f': plan.block} if programs else {'c': plan.rows})}
+  block = tuple(size.get(axis, whole) for axis, whole in zip(axes, shape, strict=True))
   one_row = 'B' in axes and shape[axes.index('B')] == 1
-  return pl.BlockSpec(block, lambda g, h, b: tuple(
-      {'B': 0 if one_row else b, 'H': h, 'g': g // programs, 'f': g // programs}.get(axis, 0) for axis in axes))
+  def place(g, h, b):
+    at = {'B': 0 if one_row else b, 'H': h} | ({'g': g // programs, 'f': g // programs} if programs else {'c': g})
+    return tuple(at.get(axis, 0) for axis in axes)
+  return pl.BlockSpec(block, place)
 
 
-def _made(plan, name, arrays, programs):
-  """The shape of an array that one kernel hands to another."""
-  (B, H, C, F), V = arrays['h'].shape[1:], arrays['d'].shape[-1]
-  shape = {'part': (programs * plan.blocks, C, V), 'dout': (C, V), 'anchor': (F, V)}.get(name, (C, F))
-  return jax.ShapeDtypeStruct((B, H, *shape), wide(plan.dtype) if name == 'part' else plan.dtype)
-
-
-def _call(name, static, table, arrays):
-  """The arrays that a kernel rewrites and makes."""
+def _call(call, static, arrays):
+  """The arrays that a kernel rewrites."""
   plan, launch = static
   each = lambda names: [f'{n}{q}' for n in names if n in ('up', 'down') for q in range(plan.levels)] + [
       n for n in names if n in arrays]
-  rewrites, programs = each(table.rewrites), table.programs
-  inputs = sorted({*each(table.reads), *rewrites})
-  like = lambda n: jax.ShapeDtypeStruct(arrays[n].shape, arrays[n].dtype)
-  shapes = {n: like(n) for n in rewrites} | {n: _made(plan, n, arrays, programs) for n in table.makes}
-  spec = lambda n, shape: _spec(plan, n, shape, programs or 1)
+  rewrites = each(call.arrays.rewrites)
+  inputs = sorted({*each(call.arrays.reads), *rewrites})
+  shapes = {n: jax.ShapeDtypeStruct(arrays[n].shape, arrays[n].dtype) for n in rewrites}
+  spec = lambda n: _spec(plan, n, arrays[n].shape, call.programs)
+  grid = (call.programs * plan.blocks or arrays['key'].shape[3] // plan.rows, *arrays['turn'].shape[2:0:-1])
   return pl.pallas_call(
-      functools.partial(getattr(kernels, name), plan), out_shape=shapes, grid=(programs * plan.blocks or 1, *arrays['turn'].shape[2:0:-1]),
-      in_specs=[{n: spec(n, arrays[n].shape) for n in inputs}], out_specs={n: spec(n, s.shape) for n, s in shapes.items()}, name=name,
+      functools.partial(getattr(kernels, call.kernel), plan, **dict(call.does)), out_shape=shapes, grid=grid,
+      in_specs=[{n: spec(n) for n in inputs}], out_specs={n: spec(n) for n in shapes}, name=call.kernel,
       input_output_aliases={inputs.index(n): sorted(shapes).index(n) for n in rewrites}, interpret=not plan.is_compiled,
-      compiler_params=plgpu.CompilerParams(num_warps=getattr(launch, name), num_stages=1))({n: arrays[n] for n in inputs})
+      compiler_params=plgpu.CompilerParams(num_warps=getattr(launch, call.kernel), num_stages=launch.stages))(
+          {n: arrays[n] for n in inputs})
 
 
-def _over_chunks(static, tables, fixed, carry, *, backwards=False):
-  """`carry` after the kernels of all chunks."""
-  count = fixed['turn'].shape[0]
-  def chunk(n, carry):
-    arrays = {**fixed, **carry, 'at': jnp.full((1,), count - 1 - n if backwards else n, jnp.int32)}
-    for name, table in tables.items(): arrays |= _call(name, static, table, arrays)
-    return {name: arrays[name] for name in carry}
-  return jax.lax.fori_loop(0, count, chunk, carry) if count > 1 else chunk(0, carry)
+def _run(static, calls, arrays, *, at):
+  """What of `carry` is left by kernels of chunk `at` (backwards: from the last one), one after the other; arrays = (fixed, carry)."""
+  fixed, carry = arrays
+  for call in calls: carry = carry | _call(call, static, {**fixed, **carry, 'at': jnp.reshape(at, (1,))})      # no kernel: it stays where it is
+  return carry
 
 
 def _select(arrays, *names):
@@ -136,9 +138,11 @@ def _write_forward(static, start, memory, tokens):
   empty = lambda dtype, *shape: jax.lax.empty((N, B, H, *shape), dtype)
   shapes = {**dict.fromkeys(('h', 'slope', 'bend'), (C, F)), 'seen_up': (Q * K + C, F), 'seen_down': (F, Q * V), 'd': (C, V), 'out': (C, V)}
   carry = {name: empty(plan.dtype, *shape) for name, shape in shapes.items()}
-  carry |= {**memory, **_gain_stack(N, memory, 0), 'loss': empty(high, C)}
+  carry |= {**memory, **_gain_stack(N, memory, 0), 'loss': empty(high, C), 'part': jax.lax.empty((B, H, plan.blocks, C, V), high)}
   if 'gain' in memory: carry['read'] = empty(high, C, V)
-  out = _over_chunks(static, FORWARD, {**tokens, **start}, carry)
+  run = lambda carry, at, *calls: _run(static, calls, ({**tokens, **start}, carry), at=at)
+  out = jax.lax.fori_loop(0, N - 1, lambda n, carry: run(carry, n.astype(jnp.int32), JUDGE, NEXT), run(carry, jnp.int32(0), FIRST))
+  out = run(out, jnp.int32(N - 1), JUDGE, LAST)
   new, seen = _select(out, *_levels(plan)), _select(out, *({'h', 'seen_up', 'seen_down', 'd', 'read', 'loss'} & set(out)))
   if 'gain' in memory: new['gain'], seen['gain'] = out['gain'][-1], out['gain'][:-1]
   kept = {name: out[name] for name in (*shapes, 'gain') if name in out}
@@ -151,17 +155,19 @@ def _write_backward(static, saved, cotangents):
   F, high, own = G * plan.block, tokens['weight'].dtype, tokens['key'].dtype
   empty = lambda dtype, *shape: jax.lax.empty((N, B, H, *shape), dtype)
   zeros = lambda *shape: jnp.zeros((N, B, H, *shape), high)
-  carry = {**dmemory, 'dpush': empty(high, 2 * G, Q, C), 'dturn': zeros(2 * G, Q, Q), 'dkey': empty(own, C, K),
-           'dkey_push': empty(own, G, C, K), 'dkey_find': empty(own, G, C, K), 'dvalue': empty(tokens['value'].dtype, C, V),
-           'dweight': empty(high, C), 'dgain': empty(high, V), 'dup': empty(plan.dtype, K, F), 'ddown': empty(plan.dtype, F, V)}
+  one = lambda *shape: jax.lax.empty((B, H, *shape), plan.dtype)
+  carry = {**dmemory, 'dpush': empty(high, 2 * G, Q, C), 'dturn': zeros(2 * G, Q, Q), 'dkey': empty(own, C, K), 'dout': one(C, V),
+           **dict.fromkeys(('dh', 'bent', 'raised'), one(C, F)), 'part': one(2 * G, C, V).astype(high), 'dkey_push': empty(own, G, C, K), 'dkey_find': empty(own, G, C, K), 'dvalue': empty(tokens['value'].dtype, C, V),
+           'dweight': empty(high, C), 'dgain': empty(high, C // plan.rows, V), 'dup': empty(plan.dtype, K, F), 'ddown': empty(plan.dtype, F, V)}
   fixed = {**tokens, **start, **kept, **{f'ct_{name}': x for name, x in dseen.items()}}
   if 'gain' in dmemory:
     fixed['old_gain'] = fixed.pop('gain')
     carry |= {**_gain_stack(N, dmemory, N), 'gpush': empty(high, Q, C), 'gturn': zeros(Q, Q)}
-  got = _over_chunks(static, BACKWARD, fixed, carry, backwards=True)
+  got = jax.lax.fori_loop(0, N, lambda n, carry: _run(static, BACKWARD, (fixed, carry), at=n.astype(jnp.int32)), carry)
   over = lambda name, axes: jnp.sum(got[name], axes, dtype=high)
   rows = lambda name, like: over(name, 0) if like.shape[0] == B else over(name, (0, 1))[None]
   keys = got['dkey'].astype(high) + over('dkey_push', 3) + over('dkey_find', 3)
+  got['dgain'] = over('dgain', 3)
   dtokens = {'key': keys.astype(own), **{name: got[f'd{name}'] for name in ('value', 'weight')},
              **{name: over(f'd{name}', 3) + got.get(f'g{name}', 0) for name in ('push', 'turn')},
              **{name: jnp.zeros_like(tokens[name]) for name in ('hold', 'flow')}}
@@ -191,16 +197,16 @@ def write_chunks(rule: Rule, start: Weights, memory: dict, tokens: Tokens, *, co
   fresh [N, B]: the chunk starts from an empty memory; flow [N, B]: whether a gradient goes through the memory before the chunk.
   `start` may have one row for all.
   """
-  launch = launch or (SHORT if tokens.key.shape[3] <= 64 else LONG)
+  launch = launch or SHORT
   Q, high, dtype = rule.levels, tokens.weight.dtype, rule.dtype
   F = rule.network.widths[0][1]
-  block = min(F, launch.block)
-  plan = Plan(Q, F // block, block, rule.scale, dtype, jax.default_backend() != 'cpu')
+  block, fast = min(F, launch.block), 'gain' in memory
+  rows = tokens.key.shape[3] if fast else min(launch.rows, tokens.key.shape[3])
+  plan = Plan(Q, F // block, block, min(block, launch.tile), rows, rule.scale, dtype, jax.default_backend() != 'cpu')
   sides = {f'{side}{q}': memory[name][q] for side, name in (('up', 'w_0'), ('down', 'w_1')) for q in range(Q)}
   hold = 1 - fresh.astype(high)
   given = {'key': tokens.key, 'value': tokens.value, 'weight': tokens.weight, 'push': coefficients.push, 'turn': coefficients.turn,
            'hold': hold, 'flow': hold if flow is None else hold * flow}
-  fast = 'gain' in memory
   gain = start.fast['gain'] if fast else start.slow['gain'][None]
   first = {'init_up': start.fast['w_0'], 'init_down': start.fast['w_1'], 'init_gain': gain}
   new, seen = _write((plan, launch), first, sides | ({'gain': jnp.stack(memory['gain'], 2)} if fast else {}), given)

@@ -1,8 +1,9 @@
 """The Pallas kernels that write chunks into a neural memory M(x) = x + (1 + gain) (.) norm(silu(x W_up) W_down), and their gradients.
 
-A program takes one row, one head and one block of hidden channels, so that the tiles that it holds are small and the card is full.
-Hidden channels meet twice in a chunk: in the outputs of the network, and in the gradients of the errors. There a pass ends; what blocks
-then add up lies in `part`. All passes of a chunk rewrite the state in place, level by level. Refs come as dictionaries:
+A program takes one row, one head and a block of hidden channels, and goes through these a tile at a time. Hidden channels meet twice in
+a chunk: in the outputs of the network, and in the gradients of the errors. There a kernel ends; what blocks then add up lies in `part`.
+So the kernel that writes one chunk also meets the keys of the next one, and backwards likewise, while it holds the tile; the state is
+rewritten in place. Refs come as dictionaries:
 
     up, down by level; init_*: the learned start; key, value, weight, push, turn; hold: 0 where a document starts
     seen_up [Q K + C, F]: levels, then d of w_0; seen_down [F, Q V]: levels side by side; gain [Q, V] before every chunk
@@ -11,34 +12,60 @@ then add up lies in `part`. All passes of a chunk rewrite the state in place, le
 import functools
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from memjax.ops.pallas_chunk import dot, wide
 from memjax.ops.pallas_neural_rows import judge, judge_back, silu
 
 
 class Plan(NamedTuple):
-  """What is fixed while tracing: hidden channels come in `blocks` of `block`; loss = scale |error|^2, operands of products in `dtype`."""
+  """What is fixed while tracing: a program takes `block` hidden channels, `tile` at a time, of `blocks` such, or so many `rows` of
+  tokens; loss = scale |error|^2, operands of products in `dtype`."""
   levels: int
   blocks: int
   block: int
+  tile: int
+  rows: int
   scale: float
   dtype: Any
   is_compiled: bool = True
 
 
-class Pass(NamedTuple):
-  """A kernel at work: its plan, what it reads, what it rewrites or makes."""
+class Tile(NamedTuple):
+  """Hidden channels at work: what a kernel knows, reads, rewrites; which channels."""
   plan: Plan
   refs: dict
   out: dict
+  at: Any
+
+  def up(self, name, *lead):
+    """A tile of an array whose last axis is hidden channels, wide."""
+    return _wide({**self.refs, **self.out}[name][(*lead, self.at)])
+
+  def down(self, name, *lead, columns=slice(None)):
+    """A tile of an array whose last axis but one is hidden channels, wide."""
+    return _wide({**self.refs, **self.out}[name][(*lead, self.at, columns)])
+
+  def levels(self, side):
+    """The levels of a side."""
+    return [self.down(f'{side}{q}') if side == 'down' else self.up(f'{side}{q}', slice(None)) for q in range(self.plan.levels)]
+
+  def put(self, side, levels, *, first=0):
+    """Rewrites the levels of a side from the `first` on."""
+    for q, x in enumerate(levels):
+      if q >= first: self.out[f'{side}{q}'][(self.at, slice(None)) if side == 'down' else (slice(None), self.at)] = x
 
 
-def _fence(plan):
-  """Keeps the loads of what follows behind what came before: fewer registers."""
-  if plan.is_compiled: plgpu.debug_barrier()
+def _wide(x):
+  return x.astype(wide(x.dtype))
+
+
+def _over_tiles(plan, body, sums):
+  """`sums` after all tiles of the program's block."""
+  def at(number): return pl.ds(pl.multiple_of(number * plan.tile, plan.tile), plan.tile)
+  return jax.lax.fori_loop(0, plan.block // plan.tile, lambda number, sums: body(at(number), sums), sums)
 
 
 def _rounded(x, dtype, scale):
@@ -50,10 +77,9 @@ def _held(hold, tile):
   return jnp.where(hold > 0, tile, jnp.zeros_like(tile))
 
 
-def _tile(refs, name, at):
-  """A stacked array's tile, wide."""
-  x = refs[name][at]
-  return x.astype(wide(x.dtype))
+def _backwards(refs):
+  """The chunk at work where `at` counts from the last one."""
+  return refs['key'].shape[0] - 1 - refs['at'][0]
 
 
 def _part(size, number):
@@ -64,77 +90,14 @@ def _sum_of_parts(refs):
   return functools.reduce(jnp.add, (refs['part'][g] for g in range(refs['part'].shape[0])))
 
 
-def _coefficients(plan, refs, n):
-  """(push by level, entries of turn that are not zero): weights follow their momentum, not the reverse."""
-  Q = plan.levels
-  return [refs['push'][n, p] for p in range(Q)], {(p, q): refs['turn'][n, p, q] for p in range(Q) for q in range(p, Q)}
+def _push(refs, n, x):
+  """x [C, ..] by level, each token by what pushes it."""
+  return [refs['push'][n, p][:, None] * _wide(x) for p in range(refs['push'].shape[1])]
 
 
-def _items(refs, gains, n):
-  """What `judge` looks at; a gain that is not fast has no `gains`."""
-  gain = refs['init_gain'][...]
-  if gains is not None: gain += _held(refs['hold'][n], gains[n, 0])
-  return _tile(refs, 'key', n), _tile(refs, 'value', n), refs['weight'][n], gain
-
-
-def meet_kernel(plan, refs, out):
-  """Hidden channels of a block at the anchor, and their share of the outputs."""
-  n, dtype = refs['at'][0], plan.dtype
-  hold, key = refs['hold'][n], refs['key'][n].astype(dtype)
-  weights = lambda side: (refs[f'init_{side}'][...] + _held(hold, refs[f'{side}0'][...])).astype(dtype)
-  out['anchor'][...] = weights('down')
-  z = dot(key, weights('up'), dtype).astype(dtype).astype(wide(dtype))
-  for name, x in zip(('h', 'slope', 'bend'), silu(z), strict=True): out[name][n] = x.astype(dtype)
-  _fence(plan)
-  out['part'][pl.program_id(0)] = dot(out['h'][n], out['anchor'][...], dtype)
-
-
-def judge_kernel(plan, refs, out):
-  """Errors and their gradients, and the gain after the chunk."""
-  n, dtype, Q, gain = refs['at'][0], plan.dtype, plan.levels, out.get('gain')
-  made = _sum_of_parts(refs).astype(dtype)
-  out['out'][n] = made
-  d, read, out['loss'][n] = judge(plan.scale, made.astype(wide(dtype)), _items(refs, gain, n))
-  out['d'][n] = d.astype(dtype)
-  if gain is None: return
-  out['read'][n] = read
-  push, turn = _coefficients(plan, refs, n)
-  old = [_held(refs['hold'][n], gain[n, q]) for q in range(Q)]
-  for q in range(Q): gain[n, q] = old[q]
-  for p in range(Q): gain[n + 1, p] = _turned(turn, p, old) - jnp.sum(push[p][:, None] * read, 0)
-
-
-def write_kernel(plan, refs, out):
-  """What reads see of the memory, and the memory after the chunk; programs of even number do w_0, the others w_1."""
-  n, dtype, Q = refs['at'][0], plan.dtype, plan.levels
-  (C, K), is_down, work = refs['key'].shape[1:], pl.program_id(0) % 2, Pass(plan, refs, out)
-
-  @pl.when(is_down == 0)
-  def _():
-    rows = (n, pl.ds(Q * K, C))
-    out['seen_up'][rows] = _rounded(dot(refs['d'][n], refs['anchor'][...], dtype, right=1), dtype, _tile(refs, 'slope', n))
-    _commit(work, 'up', factors=(('key', n), ('seen_up', rows)), parts=[(n, _part(K, q)) for q in range(Q)])
-
-  @pl.when(is_down == 1)
-  def _(): _commit(work, 'down', factors=(('h', n), ('d', n)), parts=[(n, slice(None), _part(refs['d'].shape[2], q)) for q in range(Q)])
-
-
-def _commit(work, side, *, factors, parts):
-  """Shows reads the levels of a side, each in its part, and turns them and pushes a^T d into them; the narrower factor is scaled."""
-  (plan, refs, out), high = work, wide(work.plan.dtype)
-  n, arrays = refs['at'][0], {**refs, **out}
-  push, turn = _coefficients(plan, refs, n)
-  for p in range(plan.levels):
-    _fence(plan)
-    a, d = (arrays[name][at].astype(high) for name, at in factors)
-    new = -dot(a, push[p][:, None] * d, plan.dtype, left=0) if side == 'down' else -dot(push[p][:, None] * a, d, plan.dtype, left=0)
-    for q in range(p, plan.levels):
-      _fence(plan)
-      old = _held(refs['hold'][n], out[f'{side}{q}'][...])
-      if p == 0: out[f'seen_{side}'][parts[q]] = old.astype(plan.dtype)
-      new += turn[p, q] * old
-    _fence(plan)
-    out[f'{side}{p}'][...] = new
+def _turn(plan, refs, n):
+  """Entries of turn that are not zero: weights follow their momentum, not the reverse."""
+  return {(p, q): refs['turn'][n, p, q] for p in range(plan.levels) for q in range(p, plan.levels)}
 
 
 def _turned(turn, row, old):
@@ -147,116 +110,194 @@ def _returned(turn, column, new):
   return functools.reduce(jnp.add, (turn[at] * new[at[0]] for at in sorted(turn) if at[1] == column))
 
 
+def write_kernel(plan, refs, out, *, writes=True, meets=True):
+  """Writes chunk n: what reads see of the memory, and the memory after it. Meets the next one (n itself where nothing is written): its
+  hidden channels at the anchor, and the share of the outputs that they have."""
+  n, (C, K), V = refs['at'][0], refs['key'].shape[1:], refs['init_down'].shape[1]
+  m = n + 1 if writes else n
+  given = {'d': refs['d'][n], 'key': _push(refs, n, refs['key'][n]), 'pull': _push(refs, n, refs['d'][n]),
+           'turn': _turn(plan, refs, n)} if writes else {}
+  if meets: given['next'] = refs['key'][m]
+
+  def body(at, made):
+    tile = Tile(plan, refs, out, at)
+    home = tile.up('init_up', slice(None)), tile.down('init_down')
+    levels = [[_held(refs['hold'][n], x) for x in tile.levels(side)] for side in ('up', 'down')]
+    if writes: levels = _write(tile, n, given, home=home, levels=levels)
+    if meets: made += _meet(tile, m, given['next'], home=home, levels=[[_held(refs['hold'][m], x[0])] for x in levels])
+    return made
+  made = _over_tiles(plan, body, jnp.zeros((C, V), wide(plan.dtype)) if meets else ())
+  if meets: out['part'][pl.program_id(0)] = made
+
+
+def _meet(tile, n, key, *, home, levels):
+  dtype = tile.plan.dtype
+  up, down = ((start + x[0]).astype(dtype) for start, x in zip(home, levels, strict=True))
+  z = dot(key, up, dtype).astype(dtype).astype(wide(dtype))
+  h, slope, bend = (x.astype(dtype) for x in silu(z))
+  for name, x in (('h', h), ('slope', slope), ('bend', bend)): tile.out[name][n, :, tile.at] = x
+  return dot(h, down, dtype)
+
+
+def _write(tile, n, given, *, home, levels):
+  (plan, refs, out, at), dtype, (up, down) = tile, tile.plan.dtype, levels
+  (C, K), V = refs['key'].shape[1:], refs['d'].shape[2]
+  d = _rounded(dot(given['d'], (home[1] + down[0]).astype(dtype), dtype, right=1), dtype, tile.up('slope', n, slice(None)))
+  h = out['h'][n, :, at]
+  out['seen_up'][n, pl.ds(plan.levels * K, C), at] = d
+  for q in range(plan.levels):
+    out['seen_up'][n, _part(K, q), at] = up[q].astype(dtype)
+    out['seen_down'][n, at, _part(V, q)] = down[q].astype(dtype)
+  new = ([_turned(given['turn'], p, up) - dot(given['key'][p], d, dtype, left=0) for p in range(plan.levels)],
+         [_turned(given['turn'], p, down) - dot(h, given['pull'][p], dtype, left=0) for p in range(plan.levels)])
+  for side, levels in zip(('up', 'down'), new, strict=True): tile.put(side, levels)
+  return new
+
+
+def judge_kernel(plan, refs, out):
+  """Errors and their gradients, and the gain after the chunk."""
+  n, dtype, Q, gain = refs['at'][0], plan.dtype, plan.levels, out.get('gain')
+  made = _sum_of_parts(refs).astype(dtype)
+  out['out'][n] = made
+  d, read, out['loss'][n] = judge(plan.scale, made.astype(wide(dtype)), _items(refs, gain, n))
+  out['d'][n] = d.astype(dtype)
+  if gain is None: return
+  out['read'][n] = read
+  turn = _turn(plan, refs, n)
+  old = [_held(refs['hold'][n], gain[n, q]) for q in range(Q)]
+  for q in range(Q): gain[n, q] = old[q]
+  for p, pushed in enumerate(_push(refs, n, read)): gain[n + 1, p] = _turned(turn, p, old) - jnp.sum(pushed, 0)
+
+
+def _items(refs, gains, n):
+  """What `judge` looks at; a gain that is not fast has no `gains`."""
+  gain = refs['init_gain'][...]
+  if gains is not None: gain += _held(refs['hold'][n], gains[n, 0])
+  return _wide(refs['key'][n]), _wide(refs['value'][n]), refs['weight'][n], gain
+
+
 def push_back_kernel(plan, refs, out):
   """Cotangents through what the chunk wrote: of the factors, of the momenta before it, of the coefficients. Programs of even number
   do w_0, and from its factor d the step back to the error; the others w_1."""
-  n, g, dtype, Q = refs['at'][0], pl.program_id(0), plan.dtype, plan.levels
-  (C, K), V = refs['key'].shape[1:], refs['d'].shape[2]
-  d_up, work = (n, pl.ds(Q * K, C)), Pass(plan, refs, out)
+  n, g = _backwards(refs), pl.program_id(0)
+  @pl.when(g % 2 == 0)
+  def _(): _push_back(plan, refs, out, place=(n, g), side='up')
+  @pl.when(g % 2 == 1)
+  def _(): _push_back(plan, refs, out, place=(n, g), side='down')
 
+
+def _push_back(plan, refs, out, *, place, side):
+  (n, g), (C, K), V, Q, dtype = place, refs['key'].shape[1:], refs['d'].shape[2], plan.levels, plan.dtype
+  zeros = lambda *shape: jnp.zeros(shape, wide(dtype))
+  given = {'push': [refs['push'][n, p] for p in range(Q)], 'd': refs['d'][n], 'turn': _turn(plan, refs, n)}
+  given |= {'key': refs['key'][n]} if side == 'up' else {'pull': _push(refs, n, refs['d'][n])}
+  rows = dict.fromkeys(given['turn'], zeros(K if side == 'up' else plan.tile))           # summed to numbers once, at the end
+  sums = {'part': zeros(C, V), 'dpush': (zeros(C),) * Q, 'dturn': rows} | ({'da': zeros(C, K)} if side == 'up' else {})
+  def body(at, sums):
+    tile = Tile(plan, refs, out, at)
+    levels, sums = tile.levels(side), dict(sums)
+    if side == 'up': seen, ct = _push_back_up(tile, n, given, levels=levels, sums=sums)
+    else: seen, ct = _push_back_down(tile, n, given, levels=levels, sums=sums)
+    sums['dturn'] = {(p, q): x + jnp.sum(levels[p] * seen[q], 1) for (p, q), x in sums['dturn'].items()}
+    new = [levels[0], *(_held(refs['flow'][n], _returned(given['turn'], q, levels) + ct[q]) for q in range(1, Q))]
+    tile.put(side, new, first=1)
+    return sums
+  sums = _over_tiles(plan, body, sums)
+  out['part'][g] = sums['part']
+  if side == 'up': out['dkey_push'][n] = sums['da'].astype(out['dkey_push'].dtype)
+  for p in range(Q): out['dpush'][n, g, p] = sums['dpush'][p]
+  for (p, q), x in sums['dturn'].items(): out['dturn'][n, g, p, q] = jnp.sum(x)
+
+
+def _push_back_up(tile, n, given, *, levels, sums):
+  (plan, refs, out, at), dtype, key, push = tile, tile.plan.dtype, given['key'], given['push']
+  (C, K), Q, dpush = key.shape, plan.levels, list(sums['dpush'])
+  d, V = refs['seen_up'][n, pl.ds(Q * K, C), at], given['d'].shape[1]
+  dd = tile.up('ct_seen_up', n, pl.ds(Q * K, C))
+  for p in range(Q):
+    sums['da'] -= dot(push[p][:, None] * _wide(d), levels[p], dtype, right=1)
+    across = dot(key, levels[p], dtype)
+    dpush[p] -= jnp.sum(_wide(d) * across, 1)
+    dd -= push[p][:, None] * across
+  anchor = (tile.down('init_down') + tile.down('seen_down', n, columns=_part(V, 0))).astype(dtype)
+  raised = (dd * tile.up('slope', n, slice(None))).astype(dtype)
+  sums['part'] += dot(raised, anchor, dtype)
+  out['raised'][:, at] = raised
+  out['bent'][:, at] = _rounded(dot(given['d'], anchor, dtype, right=1), dtype, dd * tile.up('bend', n, slice(None)))
+  sums['dpush'] = tuple(dpush)
+  return [tile.up('seen_up', n, _part(K, q)) for q in range(Q)], [tile.up('ct_seen_up', n, _part(K, q)) if q else None for q in range(Q)]
+
+
+def _push_back_down(tile, n, given, *, levels, sums):
+  (plan, refs, out, at), dtype, d, push = tile, tile.plan.dtype, given['d'], given['push']
+  h, dpush, V, Q = refs['h'][n, :, at], list(sums['dpush']), d.shape[1], plan.levels
+  dh = tile.up('ct_h', n, slice(None))
+  for p in range(Q):
+    dh -= dot(given['pull'][p], levels[p], dtype, right=1)
+    across = dot(h, levels[p], dtype)
+    dpush[p] -= jnp.sum(_wide(d) * across, 1)
+    sums['part'] -= push[p][:, None] * across
+  out['dh'][:, at] = dh.astype(dtype)
+  sums['dpush'] = tuple(dpush)
+  columns = [_part(V, q) for q in range(Q)]
+  return ([tile.down('seen_down', n, columns=one) for one in columns],
+          [tile.down('ct_seen_down', n, columns=one) if q else None for q, one in enumerate(columns)])
+
+
+def find_back_kernel(plan, refs, out):
+  """Cotangents through how the chunk's gradients were found: of keys, of the learned start and of the weights before the chunk. Programs
+  of even number do w_0, the others w_1."""
+  n, g = _backwards(refs), pl.program_id(0)
+  given = refs['dout'][...], refs['turn'][n, 0, 0], refs['flow'][n]
   @pl.when(g % 2 == 0)
   def _():
-    out['dkey_push'][n] = _back_to_a(work, 'up', ('seen_up', d_up)).astype(out['dkey_push'].dtype)
-    dup = _back_to_d(work, 'up', (('key', n), ('seen_up', d_up)), number=g) + _tile(refs, 'ct_seen_up', d_up)
-    _fence(plan)
-    raised = (dup * _tile(refs, 'slope', n)).astype(dtype)
-    out['raised'][...] = raised
-    anchor = (refs['init_down'][...] + _tile(refs, 'seen_down', (n, slice(None), _part(V, 0)))).astype(dtype)
-    out['part'][g] = dot(raised, anchor, dtype)
-    dup *= _tile(refs, 'bend', n)
-    out['bent'][...] = _rounded(dot(refs['d'][n], anchor, dtype, right=1), dtype, dup)
-    _back_through_turn(work, 'up', parts=[(n, _part(K, q)) for q in range(Q)], number=g)
-
+    key = refs['key'][n]
+    body = lambda at, dkey: dkey + _find_back_up(Tile(plan, refs, out, at), n, (*given, key))
+    out['dkey_find'][n] = _over_tiles(plan, body, jnp.zeros(key.shape, wide(plan.dtype))).astype(out['dkey_find'].dtype)
   @pl.when(g % 2 == 1)
   def _():
-    out['part'][g] = _back_to_d(work, 'down', (('h', n), ('d', n)), number=g)
-    out['dh'][...] = (_back_to_a(work, 'down', ('d', n)) + _tile(refs, 'ct_h', n)).astype(dtype)
-    _back_through_turn(work, 'down', parts=[(n, slice(None), _part(V, q)) for q in range(Q)], number=g)
+    d = refs['d'][n]
+    _over_tiles(plan, lambda at, nothing: _find_back_down(Tile(plan, refs, out, at), n, (*given, d)), ())
 
 
-def _back_to_a(work, side, factor):
-  """The cotangent of the factor a through what was pushed into a side, from where the factor d is."""
-  (plan, refs, out), da = work, 0
-  push, _ = _coefficients(plan, refs, refs['at'][0])
-  for p in range(plan.levels):
-    _fence(plan)
-    da -= dot(push[p][:, None] * _tile(refs, *factor), out[f'{side}{p}'][...], plan.dtype, right=1)
-  return da
+def _find_back_up(tile, n, given):
+  (plan, refs, out, at), dtype, (dout, turn, flow, key) = tile, tile.plan.dtype, given
+  first = _part(key.shape[1], 0)
+  down = (tile.down('init_down') + tile.down('seen_down', n, columns=_part(dout.shape[1], 0))).astype(dtype)
+  up = (tile.up('init_up', slice(None)) + tile.up('seen_up', n, first)).astype(dtype)
+  dh = tile.up('dh', slice(None)) + dot(dout, down, dtype, right=1)
+  dz = (tile.up('bent', slice(None)) + dh * tile.up('slope', n, slice(None))).astype(dtype)
+  dup = dot(key, dz, dtype, left=0)
+  out['dup'][n, :, at] = dup.astype(out['dup'].dtype)
+  out['up0'][:, at] = _held(flow, turn * tile.up('up0', slice(None)) + tile.up('ct_seen_up', n, first) + dup)
+  return dot(dz, up, dtype, right=1)
 
 
-def _back_to_d(work, side, factors, *, number):
-  """The cotangent of the factor d; writes those of what factors (where they are) are pushed by."""
-  (plan, refs, out), (a, d), dd = work, factors, 0
-  n = refs['at'][0]
-  push, _ = _coefficients(plan, refs, n)
-  for p in range(plan.levels):
-    _fence(plan)
-    across = dot(_tile(refs, *a), out[f'{side}{p}'][...], plan.dtype)
-    _fence(plan)
-    out['dpush'][n, number, p] = -jnp.sum(_tile(refs, *d) * across, 1)
-    dd -= push[p][:, None] * across
-  return dd
-
-
-def _back_through_turn(work, side, *, parts, number):
-  """Writes the cotangents of the coefficients, and of the momenta before the chunk."""
-  plan, refs, out = work
-  _fence(plan)
-  n, g, new = refs['at'][0], number, [out[f'{side}{q}'][...] for q in range(plan.levels)]
-  _, turn = _coefficients(plan, refs, n)
-  for p, q in turn: out['dturn'][n, g, p, q] = jnp.sum(new[p] * _tile(refs, f'seen_{side}', parts[q]))
-  for q in range(1, plan.levels):
-    got = _returned(turn, q, new) + _tile(refs, f'ct_seen_{side}', parts[q])
-    _fence(plan)
-    out[f'{side}{q}'][...] = _held(refs['flow'][n], got)
+def _find_back_down(tile, n, given):
+  (plan, refs, out, at), dtype, (dout, turn, flow, d) = tile, tile.plan.dtype, given
+  first = _part(dout.shape[1], 0)
+  ddown = dot(refs['h'][n, :, at], dout, dtype, left=0) + dot(refs['raised'][:, at], d, dtype, left=0)
+  out['ddown'][n, at] = ddown.astype(out['ddown'].dtype)
+  out['down0'][at] = _held(flow, turn * tile.down('down0') + tile.down('ct_seen_down', n, columns=first) + ddown)
+  return ()
 
 
 def judge_back_kernel(plan, refs, out):
   """Cotangents through the errors: of the outputs of the network, of tokens, of the gain before the chunk."""
-  n, Q, dread, is_fast = refs['at'][0], plan.levels, None, 'gain' in out
-  push, turn = _coefficients(plan, refs, n)
+  n, Q, dread, is_fast = _backwards(refs), plan.levels, None, 'gain' in out
   if is_fast:
+    turn = _turn(plan, refs, n)
     new, old = [out['gain'][n + 1, q] for q in range(Q)], [refs['old_gain'][n, q] for q in range(Q)]
-    dread = refs['ct_read'][n] - functools.reduce(jnp.add, (push[p][:, None] * new[p][None] for p in range(Q)))
-  dd = _sum_of_parts(refs) + _tile(refs, 'ct_d', n)
+    dread = refs['ct_read'][n] - functools.reduce(jnp.add, (refs['push'][n, p][:, None] * new[p][None] for p in range(Q)))
+  dd = _sum_of_parts(refs) + _wide(refs['ct_d'][n])
   items = _items(refs, refs.get('old_gain'), n)
-  read, dout, derror, dweight, dgain = judge_back(plan.scale, _tile(refs, 'out', n), items, cotangents=(dd, dread, refs['ct_loss'][n]))
+  read, dout, derror, dweight, dgain = judge_back(plan.scale, _wide(refs['out'][n]), items, cotangents=(dd, dread, refs['ct_loss'][n]))
   out['dout'][...] = dout.astype(plan.dtype)
-  for name, x in (('dkey', derror), ('dvalue', -derror), ('dweight', dweight), ('dgain', dgain)): out[name][n] = x.astype(out[name].dtype)
+  for name, x in (('dkey', derror), ('dvalue', -derror), ('dweight', dweight)): out[name][n] = x.astype(out[name].dtype)
+  out['dgain'][n, pl.program_id(0)] = dgain
   if not is_fast: return
   for q in range(Q):
     got = _returned(turn, q, new) + refs['ct_gain'][n, q]
     out['gain'][n, q] = _held(refs['flow'][n], got + dgain if q == 0 else got)
     out['gpush'][n, q] = -jnp.sum(read * new[q][None], 1)
   for at in turn: out['gturn'][n, at[0], at[1]] = jnp.sum(new[at[0]] * old[at[1]])
-
-
-def find_back_kernel(plan, refs, out):
-  """Cotangents through how the chunk's gradients were found: of keys, of the learned start and of the weights before the chunk. Programs
-  of even number do w_0, the others w_1."""
-  n, dtype, high = refs['at'][0], plan.dtype, wide(plan.dtype)
-  dout, K, is_down = refs['dout'][...], refs['key'].shape[2], pl.program_id(0) % 2
-  up, down = (n, _part(K, 0)), (n, slice(None), _part(dout.shape[1], 0))
-  anchor = lambda side, at: (refs[f'init_{side}'][...] + refs[f'seen_{side}'][at].astype(high)).astype(dtype)
-  work = Pass(plan, refs, out)
-
-  @pl.when(is_down == 0)
-  def _():
-    dh = refs['dh'][...].astype(high) + dot(dout, anchor('down', down), dtype, right=1)
-    dhidden = (refs['bent'][...].astype(high) + dh * _tile(refs, 'slope', n)).astype(dtype)
-    out['dkey_find'][n] = dot(dhidden, anchor('up', up), dtype, right=1).astype(out['dkey_find'].dtype)
-    _fence(plan)
-    _back_to_anchor(work, 'up', up, dot(refs['key'][n], dhidden, dtype, left=0))
-
-  @pl.when(is_down == 1)
-  def _():
-    cotangent = dot(refs['h'][n], dout, dtype, left=0) + dot(refs['raised'][...], refs['d'][n], dtype, left=0)
-    _back_to_anchor(work, 'down', down, cotangent)
-
-
-def _back_to_anchor(work, side, at, cotangent):
-  """Writes the cotangents of the learned start, and of the weights before the chunk."""
-  (_, refs, out), n, name = work, at[0], f'{side}0'
-  out[f'd{side}'][n] = cotangent.astype(out[f'd{side}'].dtype)
-  got = refs['turn'][n, 0, 0] * out[name][...] + _tile(refs, f'ct_seen_{side}', at) + cotangent
-  out[name][...] = _held(refs['flow'][n], got)

@@ -23,18 +23,19 @@ def with_backend(backend, **rule):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('changes', [{}, {'net': NeuralNetConfig(expansion=2, gain='fast')},
-                                     {'write': dataclasses.replace(BASE.write, detach=1)}], ids=['slow-gain', 'fast-gain', 'detach'])
-def test_kernels_equal_xla(changes):
-  found = {}
+@pytest.mark.parametrize(('changes', 'length'), [({}, L), ({'net': NeuralNetConfig(expansion=2, gain='fast')}, L),
+                                                 ({'write': dataclasses.replace(BASE.write, detach=1)}, L), ({}, 2 * C)],
+                         ids=['slow-gain', 'fast-gain', 'detach', 'whole-chunks'])
+def test_kernels_equal_xla(changes, length):
+  found, x, position = {}, X[:, :length], POSITION[:, :length]
   with jax.enable_x64():
     for backend in ('xla', 'pallas'):
       module = make_memory(dataclasses.replace(with_backend(backend), **changes), D, dtype=jnp.float64)
-      params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), parameters(module, X[:, :1], module.init_state(B), POSITION[:, :1]))
+      params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), parameters(module, x[:, :1], module.init_state(B), position[:, :1]))
       def loss(params, x, module=module):
-        y, state, _ = module.apply(params, x, module.init_state(B), position_BxL=POSITION, reset_BxL=POSITION == 0, method='mix')
+        y, state, _ = module.apply(params, x, module.init_state(B), position_BxL=position, reset_BxL=position == 0, method='mix')
         return jnp.sum(jnp.sin(3 * y)) + sum(jnp.sum(jnp.sin(a)) for a in jax.tree.leaves(state.fast)), (y, state)
-      found[backend] = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(params, jnp.asarray(X))
+      found[backend] = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(params, jnp.asarray(x))
   for a, b in zip(*(jax.tree.leaves(found[backend]) for backend in ('xla', 'pallas')), strict=True):
     np.testing.assert_allclose(np.asarray(b, np.float64), a, rtol=0, atol=1e-10 * max(np.abs(a).max(), 1e-6))
 

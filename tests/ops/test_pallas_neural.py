@@ -51,7 +51,7 @@ def run(name, given, *, detach=None, compiled=quick, has_gradients=True):
   def by_kernels(start, memory, chunks):
     flow = None if detach is None else jnp.broadcast_to(jnp.arange(len(full))[:, None] != detach, full.shape)
     return pallas_neural.write_chunks(rule, start, memory, chunks.tokens, coefficients=chunks.coefficients, fresh=chunks.fresh, flow=flow,
-                                      launch=pallas_neural.Launch(block=CASES[name][-1]))
+                                      launch=pallas_neural.Launch(block=CASES[name][-1], tile=16))
   def loss(arguments, write):
     start, memory, tokens, coefficients = arguments
     out = write(start, memory, only_full(Chunk(tokens.key, tokens, coefficients, full, fresh)))
