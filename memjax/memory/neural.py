@@ -16,7 +16,7 @@ from memjax.memory.neural_state import NeuralStep
 from memjax.ops import neural as ops
 from memjax.ops.counts import cumulate
 from memjax.ops.nested_scan import nested_scan
-from memjax.ops.neural_backend import is_fused
+from memjax.ops.neural_backend import is_fused, uses_kernels
 from memjax.ops.neural_layout import Layout, lay_out, rearrange
 from memjax.ops.neural_reads import find_factors
 from memjax.ops.neural_scan import Chunk, Told, scan_chunks
@@ -129,7 +129,7 @@ class Neural(NeuralStep):
   def coefficients(self, gates: Gates) -> Coefficients:
     """The coefficients of chunks."""
     made = coefficients(self.rule.momentum, gates, inside=not self.is_block, window=self.reach[1] + 1, pairs=self.rule.pairs,
-                        gamma=self.gamma)
+                        gamma=self.gamma, fused=uses_kernels(self.config.exec.backend, self.dtype))
     if not self.config.gates.row_factor: return made
     share_HxC = self.row_factor()
     return made._replace(weigh=made.weigh * share_HxC[None, None, :, :, None], push=made.push * share_HxC[None, None, :, None, -1:])

@@ -16,6 +16,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from memjax.ops.pallas_unroll import unroll_fused
+
 SUMS = 128                           # longest chunk whose gradient is taken by sums over later tokens, which need C^3 operations
 PART = 32                            # chunks whose gradients are taken together
 MOMENTA = ('none', 'first', 'nesterov', 'cascade', 'muon')
@@ -97,12 +99,14 @@ def dense(entries: dict, size: int) -> jax.Array:
   return jnp.stack([jnp.stack([entries.get((row, column), zero) for column in range(size)], -1) for row in range(size)], -2)
 
 
-def unroll(given: Steps, *, inside: bool = True) -> Coefficients:
+def unroll(given: Steps, *, inside: bool = True, fused: bool = False) -> Coefficients:
   """Coefficients of the chunks on the last axis (C tokens), by doubling: two neighbouring pieces join by one outer product.
 
-  log2(C) elementwise levels whose largest array is the result. Without `inside` only what whole chunks do, O(C log C).
+  log2(C) elementwise levels whose largest array is the result. Without `inside` only what whole chunks do, O(C log C). `fused`: by
+  kernels that go token by token, for chunks of a power of two up to 128.
   """
   C = given.push[0].shape[-1]
+  if inside and fused and 1 < C <= SUMS and not C & (C - 1): return Coefficients(**unroll_fused(given.turn, given.push))
   return _unroll_inside(given) if inside and C <= SUMS else _unroll(given, inside=inside)
 
 
@@ -218,10 +222,11 @@ def windowed(given: Coefficients, theta: jax.Array, window: int, gamma: jax.Arra
   return given._replace(weigh=spread(given.weigh), push=spread(given.push))
 
 
-def coefficients(momentum: str, gates: Gates, *, inside: bool = True, window: int = 1, pairs: int = 1,
-                 gamma: jax.Array | None = None) -> Coefficients:
-  """Coefficients of the chunks on the last axis, with a column for each of `pairs` gradients of a token; gamma as in `windowed`."""
-  found = unroll(steps(momentum, gates), inside=inside)
+def coefficients(momentum: str, gates: Gates, *, inside: bool = True, window: int = 1, pairs: int = 1, gamma: jax.Array | None = None,
+                 fused: bool = False) -> Coefficients:
+  """Coefficients of the chunks on the last axis, with a column for each of `pairs` gradients of a token; gamma as in `windowed`; `fused`
+  by kernels."""
+  found = unroll(steps(momentum, gates), inside=inside, fused=fused)
   return for_pairs(found if window == 1 else windowed(found, jnp.where(gates.write, gates.theta, 0), window, gamma), pairs)
 
 
