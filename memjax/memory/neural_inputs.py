@@ -120,9 +120,11 @@ class NeuralProjections(nn.Module):
 
   def __call__(self, x_BxLxD: jax.Array, position_BxL: jax.Array, stored_BxLxD: jax.Array | None = None) -> NeuralInputs:
     """The big matmuls, all tokens at once; gates in float32. `stored_BxLxD`: what is written, if not x (see `stored`)."""
-    stored_BxLxD = x_BxLxD if stored_BxLxD is None else stored_BxLxD
-    streams = tuple(linear(x_BxLxD if name == 'query' else stored_BxLxD) for name, linear in self.linear.items())
-    return NeuralInputs(streams, self.gates(stored_BxLxD), position_BxL if self.config.proj.rope else None)
+    streams, own, other = [], x_BxLxD, x_BxLxD if stored_BxLxD is None else stored_BxLxD
+    for name, linear in self.linear.items():
+      own, other = jax.lax.optimization_barrier((own, other))          # else XLA makes one product of some of these, and copies its parts
+      streams.append(linear(own if name == 'query' else other))
+    return NeuralInputs(tuple(streams), self.gates(other), position_BxL if self.config.proj.rope else None)
 
   def stored(self, x_BxLxD: jax.Array, stream_BxLxD: jax.Array | None) -> jax.Array:
     """What keys, values and gates are made of; a memory alone, outside of a layer, has no stream but x."""

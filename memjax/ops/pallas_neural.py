@@ -15,7 +15,6 @@ from memjax.ops import pallas_neural_kernels as kernels
 from memjax.ops.neural import Rule, Tokens, Weights, squared_norms
 from memjax.ops.neural_reads import Prepared
 from memjax.ops.neural_steps import Coefficients
-from memjax.ops.pallas_chunk import wide
 from memjax.ops.pallas_neural_kernels import Plan
 
 
@@ -108,7 +107,7 @@ def _call(call, static, arrays):
 def _run(static, calls, arrays, *, at):
   """What of `carry` is left by kernels of chunk `at` (backwards: from the last one), one after the other; arrays = (fixed, carry)."""
   fixed, carry = arrays
-  for call in calls: carry = carry | _call(call, static, {**fixed, **carry, 'at': jnp.reshape(at, (1,))})      # no kernel: it stays where it is
+  for call in calls: carry = carry | _call(call, static, {**fixed, **carry, 'at': jnp.reshape(at, (1,))})      # that launches nothing
   return carry
 
 
@@ -157,8 +156,10 @@ def _write_backward(static, saved, cotangents):
   zeros = lambda *shape: jnp.zeros((N, B, H, *shape), high)
   one = lambda *shape: jax.lax.empty((B, H, *shape), plan.dtype)
   carry = {**dmemory, 'dpush': empty(high, 2 * G, Q, C), 'dturn': zeros(2 * G, Q, Q), 'dkey': empty(own, C, K), 'dout': one(C, V),
-           **dict.fromkeys(('dh', 'bent', 'raised'), one(C, F)), 'part': one(2 * G, C, V).astype(high), 'dkey_push': empty(own, G, C, K), 'dkey_find': empty(own, G, C, K), 'dvalue': empty(tokens['value'].dtype, C, V),
+           **dict.fromkeys(('dh', 'bent', 'raised'), one(C, F)), 'part': one(2 * G, C, V).astype(high),
+           'dkey_push': empty(own, G, C, K), 'dkey_find': empty(own, G, C, K), 'dvalue': empty(tokens['value'].dtype, C, V),
            'dweight': empty(high, C), 'dgain': empty(high, C // plan.rows, V), 'dup': empty(plan.dtype, K, F), 'ddown': empty(plan.dtype, F, V)}
+  dseen['loss'] = jax.lax.optimization_barrier(dseen['loss'])          # often zeros, which XLA would make anew in every step of the loop
   fixed = {**tokens, **start, **kept, **{f'ct_{name}': x for name, x in dseen.items()}}
   if 'gain' in dmemory:
     fixed['old_gain'] = fixed.pop('gain')

@@ -58,8 +58,7 @@ class Tile(NamedTuple):
       if q >= first: self.out[f'{side}{q}'][(self.at, slice(None)) if side == 'down' else (slice(None), self.at)] = x
 
 
-def _wide(x):
-  return x.astype(wide(x.dtype))
+def _wide(x): return x.astype(wide(x.dtype))
 
 
 def _over_tiles(plan, body, sums):
@@ -73,8 +72,7 @@ def _rounded(x, dtype, scale):
   return (x.astype(dtype).astype(scale.dtype) * scale).astype(dtype)
 
 
-def _held(hold, tile):
-  return jnp.where(hold > 0, tile, jnp.zeros_like(tile))
+def _held(hold, tile): return jnp.where(hold > 0, tile, jnp.zeros_like(tile))
 
 
 def _backwards(refs):
@@ -82,8 +80,7 @@ def _backwards(refs):
   return refs['key'].shape[0] - 1 - refs['at'][0]
 
 
-def _part(size, number):
-  return pl.ds(number * size, size)
+def _part(size, number): return pl.ds(number * size, size)
 
 
 def _sum_of_parts(refs):
@@ -113,7 +110,7 @@ def _returned(turn, column, new):
 def write_kernel(plan, refs, out, *, writes=True, meets=True):
   """Writes chunk n: what reads see of the memory, and the memory after it. Meets the next one (n itself where nothing is written): its
   hidden channels at the anchor, and the share of the outputs that they have."""
-  n, (C, K), V = refs['at'][0], refs['key'].shape[1:], refs['init_down'].shape[1]
+  n, C, V = refs['at'][0], refs['key'].shape[1], refs['init_down'].shape[1]
   m = n + 1 if writes else n
   given = {'d': refs['d'][n], 'key': _push(refs, n, refs['key'][n]), 'pull': _push(refs, n, refs['d'][n]),
            'turn': _turn(plan, refs, n)} if writes else {}
