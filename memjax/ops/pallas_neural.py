@@ -158,7 +158,8 @@ def _write_backward(static, saved, cotangents):
   carry = {**dmemory, 'dpush': empty(high, 2 * G, Q, C), 'dturn': zeros(2 * G, Q, Q), 'dkey': empty(own, C, K), 'dout': one(C, V),
            **dict.fromkeys(('dh', 'bent', 'raised'), one(C, F)), 'part': one(2 * G, C, V).astype(high),
            'dkey_push': empty(own, G, C, K), 'dkey_find': empty(own, G, C, K), 'dvalue': empty(tokens['value'].dtype, C, V),
-           'dweight': empty(high, C), 'dgain': empty(high, C // plan.rows, V), 'dup': empty(plan.dtype, K, F), 'ddown': empty(plan.dtype, F, V)}
+           'dweight': empty(high, C), 'dgain': empty(high, C // plan.rows, V), 'dup': empty(plan.dtype, K, F),
+           'ddown': empty(plan.dtype, F, V)}
   dseen['loss'] = jax.lax.optimization_barrier(dseen['loss'])          # often zeros, which XLA would make anew in every step of the loop
   fixed = {**tokens, **start, **kept, **{f'ct_{name}': x for name, x in dseen.items()}}
   if 'gain' in dmemory:

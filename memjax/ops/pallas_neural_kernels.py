@@ -258,7 +258,7 @@ def find_back_kernel(plan, refs, out):
 
 
 def _find_back_up(tile, n, given):
-  (plan, refs, out, at), dtype, (dout, turn, flow, key) = tile, tile.plan.dtype, given
+  out, at, dtype, (dout, turn, flow, key) = tile.out, tile.at, tile.plan.dtype, given
   first = _part(key.shape[1], 0)
   down = (tile.down('init_down') + tile.down('seen_down', n, columns=_part(dout.shape[1], 0))).astype(dtype)
   up = (tile.up('init_up', slice(None)) + tile.up('seen_up', n, first)).astype(dtype)
@@ -271,7 +271,7 @@ def _find_back_up(tile, n, given):
 
 
 def _find_back_down(tile, n, given):
-  (plan, refs, out, at), dtype, (dout, turn, flow, d) = tile, tile.plan.dtype, given
+  (_, refs, out, at), dtype, (dout, turn, flow, d) = tile, tile.plan.dtype, given
   first = _part(dout.shape[1], 0)
   ddown = dot(refs['h'][n, :, at], dout, dtype, left=0) + dot(refs['raised'][:, at], d, dtype, left=0)
   out['ddown'][n, at] = ddown.astype(out['ddown'].dtype)

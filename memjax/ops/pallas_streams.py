@@ -2,8 +2,9 @@
 
     u_t = sum_w taps_w (.) x_{t-w}        y = silu(u), or silu(u) / |silu(u)| over the channels of a head
 
-A program takes some tokens of one head, and writes them where the chunks of a memory lie, [N, B, H, C, K]: what is shifted is loaded again, nothing is stored in between or turned around. Taps that would reach into another document are 0. On a CPU the kernels
-run by interpretation.
+A program takes some tokens of one head, and writes them where the chunks of a memory lie, [N, B, H, C, K]: what is shifted is loaded
+again, nothing is stored in between or turned around. Taps that would reach into another document are 0. On a CPU the kernels run by
+interpretation.
 """
 import functools
 from typing import Any, NamedTuple
