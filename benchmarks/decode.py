@@ -49,14 +49,14 @@ def library_model(row: str, *, width: int, layers: int, dtype: str, batch: int):
     found = neural_models.model_config(NEURAL[row], width=width, layers=1, heads=8, window=512, vocabulary=VOCABULARY, dtype=dtype,
                                        aligned=False)
     config = dataclasses.replace(config, mixers=found.mixers, prefix=found.pattern * layers)
-  backend = 'pallas' if kernels else 'xla'
-  config = dataclasses.replace(config, mixers={name: with_backend(mixer, backend) for name, mixer in config.mixers.items()})
-  model = build_decoder(config)
+  def build(backend):
+    return build_decoder(dataclasses.replace(config, mixers={name: with_backend(mixer, backend) for name, mixer in config.mixers.items()}))
+  model, plain = build('pallas' if kernels else 'xla'), build('xla')      # for parameters: kernels of whole chunks take no float32
   def step(params, state, token_B, position_B):
     logits, state, _ = model.apply({'params': params}, token_B[:, None], state, position_BxL=position_B[:, None],
                                    reset_BxL=jnp.zeros((token_B.size, 1), bool))       # as the sampler does: no text begins here
     return logits[:, 0], state
-  params = jax.jit(lambda key: init_params(model, key)[0])(jax.random.key(0))
+  params = jax.jit(lambda key: init_params(plain, key)[0])(jax.random.key(0))
   return params, lambda context: model.init_state(batch, context), step
 
 

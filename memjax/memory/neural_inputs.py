@@ -203,7 +203,6 @@ class NeuralProjections(nn.Module):
       gate = gate.at[:, :, -1].multiply(before[..., -1:].astype(gate.dtype))
     return NeuralItems(query, key, value, gate), new
 
-
   def _plain(self, each, taps, position_BxL):
     """Queries, keys and values of (name, stream, its taps, its tail)."""
     p, K, wide = self.config.proj, self.shape[1], jnp.promote_types(jnp.float32, self.dtype)

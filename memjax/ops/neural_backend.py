@@ -23,14 +23,8 @@ def is_fused(rule: Rule, tokens: Tokens, size: int) -> bool:
 
 def uses_kernels(backend: str, dtype: jnp.dtype) -> bool:
   """Whether what kernels can compute is theirs: where `backend` says so, with auto where they were timed; on the rows of a device."""
-  if backend == 'xla' or _is_split(): return False
+  if backend == 'xla' or not has_whole_rows(): return False
   return backend == 'pallas' or (dtype == jnp.bfloat16 and _is_hopper())
-
-
-def _is_split():
-  """Whether arrays lie on several devices, which a kernel would read as one."""
-  mesh = jax.sharding.get_abstract_mesh()
-  return bool(mesh.size > 1 and set(mesh.axis_names) - set(mesh.manual_axes))
 
 
 def _is_hopper():
