@@ -45,7 +45,7 @@ class Call(NamedTuple):
   does: tuple[tuple[str, bool], ...] = ()
 
 
-SHORT = Launch()
+SHORT, LONG = Launch(), Launch(write_kernel=8, push_back_kernel=8, find_back_kernel=8)       # chunks of up to 64 tokens, and longer
 TOKENS = ('at', 'key', 'value', 'weight', 'push', 'turn')
 WRITE, MEET = (
   Arrays(('at', 'hold', 'key', 'push', 'turn', 'init_up', 'init_down', 'd'), ('h', 'slope', 'up', 'down', 'seen_up', 'seen_down')),
@@ -199,7 +199,7 @@ def write_chunks(rule: Rule, start: Weights, memory: dict, tokens: Tokens, *, co
   fresh [N, B]: the chunk starts from an empty memory; flow [N, B]: whether a gradient goes through the memory before the chunk.
   `start` may have one row for all.
   """
-  launch = launch or SHORT
+  launch = launch or (SHORT if tokens.key.shape[3] <= 64 else LONG)
   Q, high, dtype = rule.levels, tokens.weight.dtype, rule.dtype
   F = rule.network.widths[0][1]
   block, fast = min(F, launch.block), 'gain' in memory
