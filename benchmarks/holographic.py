@@ -175,7 +175,7 @@ def ways(preset: str, length: int) -> list[Mixing]:
     return [*auto, Mixing('hrr', 'fft'), *others, Mixing('hrr', 'dft', form='associative'), *keeps]
   chosen = automatic(length)
   fused = [Mixing(*way, backend='pallas') for way in (('bipolar',), ('hrr', 'dft'), ('phasor',))]
-  if preset == 'fused': return fused + [way._replace(chunk=chosen, backend='xla') for way in fused]
+  if preset == 'fused': return fused
   sizes = sorted({64, 128, 256, chosen})
   rows = [Mixing(kind, transform, chunk=size) for kind, transform in (('bipolar', ''), ('hrr', 'dft')) for size in sizes]
   rows += [Mixing('phasor', chunk=chosen), Mixing('hrr', 'fft', chunk=chosen), Mixing('bipolar', keep='slot')]
@@ -196,7 +196,7 @@ def run_table(preset: str, size: Size, dtype: str, *, passes: list[str], repeats
     backward = name == 'both'
     jobs = {way.label: mixing_job(way, size, dtype, backward) for way in rows if fits(way.form, size, dtype)}
     if size.S != size.K and preset in ('gpu', 'fused'):
-      full = [Mixing('bipolar'), Mixing('phasor'), Mixing('phasor', backend='pallas')][preset == 'fused':]
+      full = [Mixing('phasor', backend='pallas')] if preset == 'fused' else [Mixing('bipolar'), Mixing('phasor')]
       jobs |= {f'{way.label} S=K': mixing_job(way, size._replace(S=size.K), dtype, backward) for way in full}
     if fits('attention', peer, dtype): jobs['attention'] = attention_job(peer, dtype, backward)
     times = common.time_cases(common.compile_cases(jobs).values(), repeats=repeats, inner=inner)
@@ -252,7 +252,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
   make.add_argument('--repeats', type=int, default=0, help='timed rounds; default 5')
   make.add_argument('--tiny', action='store_true', help='a few rows at toy sizes')
   make.add_argument('--parts', action='store_true', help='whole layers also with one part left out at a time')
-  make.add_argument('--backend', choices=('all', 'pallas'), default='all', help='pallas: fused kernels beside automatic XLA and attention')
+  make.add_argument('--backend', choices=('all', 'pallas'), default='all', help='pallas: fused kernels beside attention alone')
   make.add_argument('--no_mixing', action='store_true', help='whole layers only')
   make.add_argument('--no_layers', action='store_true', help='leave the whole layers out')
   a = make.parse_args(argv)
