@@ -5,7 +5,7 @@ with random numbers: what is stored does not change the work. Memories that lear
 complete, which the timed tokens include. Two models: one layer without feed-forward network, and a decoder of four layers with
 one. Attention is measured in several forms, and the fastest counts: the library's, and caches in the compute dtype written for this
 comparison alone: [H, K, M] in plain products (on a CPU other layouts are copied or read many times slower) and, on a GPU, [M, H, K]
-through cuDNN. With --kernels memories also take each token by their fused kernels: first in float32 beside XLA, across the end
+through cuDNN. With --kernels neural memories also take each token by their fused kernels: first in float32 beside XLA, across the end
 of a chunk, for the largest difference of logits; then, on a GPU (a CPU interprets them), as rows of their own.
 
   python -m benchmarks.decode --small        two CPU cores, contexts to 32k, a few minutes
@@ -61,10 +61,9 @@ def library_model(row: str, *, width: int, layers: int, dtype: str, batch: int):
 
 
 def with_backend(mixer: Any, backend: str) -> Any:
-  """The mixer with this backend, if it is a memory that has kernels."""
-  for kind, part in ((HolographicConfig, 'form'), (NeuralConfig, 'exec')):
-    if isinstance(mixer, kind): return dataclasses.replace(mixer, **{part: dataclasses.replace(getattr(mixer, part), backend=backend)})
-  return mixer
+  """The mixer with this backend, if it is a memory that has kernels for a token."""
+  if not isinstance(mixer, NeuralConfig): return mixer
+  return dataclasses.replace(mixer, exec=dataclasses.replace(mixer.exec, backend=backend))
 
 
 def plain_attend(q_BxHxK, k_BxHxK, v_BxHxK, cache, position_B):
@@ -219,7 +218,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
   contexts = a.contexts or ([1024, 8192, 32768] if a.small else [1024, 4096, 16384, 32768, 65536, 131072])
   dtype, tokens = ('bfloat16', a.tokens or 128) if common.on_gpu() else ('float32', a.tokens or 64)
   rows, names = [], a.rows or [*MIXERS, *NEURAL, PLAIN, *([CUDNN] if common.on_gpu() else [])]
-  fused = [row for row in names if a.kernels and not row.startswith('attention')]
+  fused = [row for row in names if a.kernels and row in NEURAL]
   checks = [{'row': row, 'batch': a.batch, 'difference': compare(row, width=a.width, layers=1, batch=a.batch)} for row in fused]
   if checks: common.show('Kernels and XLA, float32, 1 layer', checks, ('row', 'batch', 'difference'))
   if common.on_gpu(): names += [row + KERNELS for row in fused]

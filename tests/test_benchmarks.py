@@ -146,13 +146,13 @@ def test_targets_take_the_faster_peer():
 @pytest.mark.slow
 def test_decode_in_batches(tmp_path):
   path = tmp_path / 'd.json'
-  rows = 'holographic;attention, plain cache;attention'
-  decode.main(['--contexts', '32', '--layers', '1', '--tokens', '4', '--repeats', '1', '--width', '32', '--batch', '3', '--rows', rows,
+  rows = 'holographic;neural;attention, plain cache;attention'
+  decode.main(['--contexts', '32', '--layers', '1', '--tokens', '4', '--repeats', '1', '--width', '128', '--batch', '3', '--rows', rows,
                '--kernels', '--output', str(path)])
   saved = check(path, 'decode')
-  assert saved['batch'] == 3 and {row['row']: row['state_bytes'] for row in saved['rows']}['attention, plain cache'] == 3 * 2 * 32 * 32 * 4
+  assert saved['batch'] == 3 and {row['row']: row['state_bytes'] for row in saved['rows']}['attention, plain cache'] == 3 * 2 * 128 * 32 * 4
   assert saved['targets'][0]['target'] == 10 and 'Batch 3' in report.decode(saved)[0]
-  assert [(check['row'], check['difference'] < 1e-5) for check in saved['checks']] == [('holographic', True)]
+  assert [(check['row'], check['difference'] < 1e-5) for check in saved['checks']] == [('neural', True)]
 
 
 def test_plain_cache_is_attention():

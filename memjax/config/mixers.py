@@ -180,8 +180,8 @@ class FormConfig:
   kind: str = option('auto', 'auto = chunk where it is possible', choices=('auto', 'scan', 'associative', 'chunk'))
   chunk: int = option(0, 'tokens a chunk; 0 = automatic', low=0)
   remat: bool = option(True, 'recompute inside the backward pass')
-  backend: str = option('auto', 'fused kernels or XLA; auto = pallas for bfloat16 on a GPU where it applies, XLA for decoding, which '
-                        'pallas does by a kernel where slots are a power of two', choices=('auto', 'xla', 'pallas'))
+  backend: str = option('auto', 'fused kernels or XLA; auto = pallas for bfloat16 on a GPU where it applies; one token at a time: XLA',
+                        choices=('auto', 'xla', 'pallas'))
 
   def __post_init__(self):
     refuse(self.backend == 'pallas' and self.kind not in ('auto', 'chunk'),

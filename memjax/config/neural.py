@@ -194,8 +194,8 @@ class NeuralExecConfig:
   unroll: int = option(0, 'chunks a step of the compiled loop; 0 = up to 4 on an accelerator, 1 on a CPU', low=0)
   solver: str = option('blocked', 'triangular solve of mode exact', choices=('blocked', 'lax'))
   backend: str = option('auto', 'xla, the reference, or fused kernels (pallas: mode token in bfloat16, networks of two layers; a CPU '
-                        'interprets them); auto = kernels on H100 and H200, keys of at most 64 channels, XLA for decoding, which pallas '
-                        'does by kernels where the gain is slow', choices=('auto', 'xla', 'pallas'))
+                        'interprets them); auto = kernels on H100 and H200, keys of at most 64 channels; one token at a time '
+                        'where the gain is slow, with auto up to 128 rows x heads', choices=('auto', 'xla', 'pallas'))
 
 
 @mixer('neural')

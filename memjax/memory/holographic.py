@@ -20,9 +20,7 @@ from memjax.memory.tiers import Tiers
 from memjax.ops.binding import from_spectrum, resolve_transform, unbind
 from memjax.ops.delta import delta_write, slot_delta
 from memjax.ops.mixing import holographic_mix, is_fused
-from memjax.ops.pallas_step import pallas_step, plan_step
 from memjax.ops.recurrence import slot_copies, slot_mix, slot_read, slot_scores, slot_write
-from memjax.ops.sequence import has_whole_rows
 
 FLOW = ('mask_BxL', 'write_mask_BxL', 'reset_BxL')
 
@@ -119,14 +117,11 @@ class Holographic(Memory):
 
   def step(self, state, inputs, mask_B=None, *, write_mask_B=None, reset_B=None):
     """One token: convolve, write, read (in the declared order), consolidate."""
-    reset_B, plan = real_resets(reset_B, mask_B), self.step_plan()
-    if reset_B is not None:
-      empty = jax.tree.map(jnp.zeros_like, state)
-      state = where_rows(reset_B, empty.replace(m_BxHxSxK=state.m_BxHxSxK) if plan else empty, state)      # a kernel empties slots itself
+    reset_B = real_resets(reset_B, mask_B)
+    if reset_B is not None: state = where_rows(reset_B, jax.tree.map(jnp.zeros_like, state), state)
     inputs = jax.tree.map(lambda a: a[:, None], inputs)
     streams, tail = self.projections.convolve(state.tail_BxTxE, inputs)
     item = jax.tree.map(lambda a: a[:, 0], self.projections.items(streams, inputs))
-    if plan: return self._fused_step(plan, state, (item, tail), mask_B=mask_B, written_B=both(mask_B, write_mask_B), reset_B=reset_B)
     gates = self.tiers.control(inputs['x'][:, 0], state.m_BxHxSxK) if self.config.tiers.controller else None
     if gates: item = item.replace(address=item.address * gates[0][..., None].astype(item.address.dtype))
     new = where_rows(write_mask_B, self.write(state.replace(tail_BxTxE=tail), item), state)
@@ -135,20 +130,6 @@ class Holographic(Memory):
     if self.config.tiers.kind: new = where_rows(write_mask_B, self._consolidate(new, item, gates), state)
     new = where_rows(mask_B, new, state)
     return new, y_BxE if mask_B is None else jnp.where(mask_B[:, None], y_BxE, 0)
-
-  def step_plan(self):
-    """How the kernel takes a token; None: XLA does."""
-    c, (_, _, S, K) = self.config, self.parts.shape
-    return plan_step(c.binding.kind, S, K, order=self.order) if c.form.backend == 'pallas' and has_whole_rows() else None
-
-  def _fused_step(self, plan, state, found, *, mask_B, written_B, reset_B):
-    """The step by the kernel, from items and the next tail."""
-    item, tail = found
-    vectors = item.key, self.projections.gated_value(item.value, item.gate), item.query[:, 0]
-    m, y = pallas_step(plan, state.m_BxHxSxK, vectors, (item.address, item.pick[:, 0]), log_keep=item.log_keep, fresh_B=reset_B,
-                       written_B=written_B)
-    y_BxE, tail = self._signal(y[:, None]), where_rows(written_B, tail, state.tail_BxTxE)
-    return state.replace(m_BxHxSxK=m, tail_BxTxE=tail), y_BxE if mask_B is None else jnp.where(mask_B[:, None], y_BxE, 0)
 
   def _per_channel(self, gate_BxH):
     G, _, _, K = self.parts.shape

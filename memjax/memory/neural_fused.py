@@ -4,17 +4,20 @@ import jax.numpy as jnp
 
 from memjax.memory.base import where_rows
 from memjax.memory.neural_held import NeuralState
+from memjax.ops.neural_backend import uses_kernels
 from memjax.ops.neural_scan import tell
 from memjax.ops.neural_steps import advance, steps
 from memjax.ops.pallas_step_neural import Token, neural_step, supports
-from memjax.ops.sequence import has_whole_rows
+
+MOST = 128                           # rows x heads up to which kernels took a token faster than XLA
 
 
-def has_kernels(memory) -> bool:
-  """Whether kernels take a token of this memory: exec.backend 'pallas', and what they compute."""
+def has_kernels(memory, many: int) -> bool:
+  """Whether kernels take a token of so many rows x heads: what they compute, asked for by exec.backend 'pallas' or, with auto, where they won."""
   c, rule = memory.config, memory.rule
-  own = c.write.window == 1 and not (c.waits or c.write.per_tensor or c.gates.surprise or c.gates.row_factor)
-  return rule.backend == 'pallas' and own and supports(rule, c.chunk) and has_whole_rows()
+  own = rule.mode == 'token' and c.write.window == 1 and not (c.waits or c.write.per_tensor or c.gates.surprise or c.gates.row_factor)
+  chosen = rule.backend == 'pallas' or many <= MOST
+  return chosen and uses_kernels(rule.backend, rule.dtype) and own and supports(rule, c.chunk)
 
 
 def emptied(state: NeuralState, *, in_place: bool) -> NeuralState:

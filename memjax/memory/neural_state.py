@@ -109,7 +109,7 @@ class NeuralStep(Memory):
 
   def step(self, state, inputs, mask_B=None, *, write_mask_B=None, reset_B=None):
     """One token: convolve, take its gradient, read, and rewrite the weights in rows whose chunk it completes."""
-    reset_B, fused = real_resets(reset_B, mask_B), has_kernels(self)
+    reset_B, fused = real_resets(reset_B, mask_B), has_kernels(self, state.running_BxHxY[..., 0].size)
     if reset_B is not None: state = where_rows(reset_B, emptied(state, in_place=fused), state)
     items, tail = self.projections.items(jax.tree.map(lambda a: a[:, None], inputs), state.tail)
     written_B = both(mask_B, write_mask_B)

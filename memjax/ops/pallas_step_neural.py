@@ -24,7 +24,7 @@ from memjax.ops.pallas_neural import supports as can_write
 from memjax.ops.pallas_neural_kernels import Plan
 from memjax.ops.pallas_neural_rows import judge, silu
 
-BLOCK = 32                           # hidden channels of a program
+BLOCK = 64                           # hidden channels of a program
 
 
 class Token(NamedTuple):

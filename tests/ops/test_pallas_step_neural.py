@@ -17,7 +17,7 @@ from memjax.config.neural import (
 )
 from memjax.memory.neural_fused import has_kernels
 from memjax.memory.registry import make_memory
-from memjax.ops import pallas_step_neural
+from memjax.ops import neural_backend, pallas_step_neural
 from memjax.ops.neural import Rule, Weights
 from memjax.ops.neural_nets import EPSILON, Network
 from memjax.ops.neural_steps import Coefficients
@@ -192,11 +192,14 @@ def test_narrow_operands():
   assert wrong['pallas'] <= 1.2 * wrong['xla'] + 1e-3
 
 
-def test_what_kernels_take():
+def test_what_kernels_take(monkeypatch):
   """What they do not compute goes through XLA, as do rows that lie on several devices, and all that is not asked for."""
-  takes = lambda backend='pallas', **changes: has_kernels(memory(backend, **changes))
+  takes = lambda backend='pallas', *, many=128, **changes: has_kernels(memory(backend, **changes), many)
   assert takes() and takes(rule=NeuralRuleConfig(momentum='none')) and takes(write=NeuralWriteConfig(persistent=2))
   assert not takes('xla') and not takes('auto')
+  monkeypatch.setattr(neural_backend, '_is_hopper', lambda: True)
+  assert takes('auto', dtype=jnp.bfloat16) and not takes('auto', dtype=jnp.bfloat16, many=129) and takes(many=129) and not takes('auto')
+  assert not takes('auto', dtype=jnp.bfloat16, rule=NeuralRuleConfig(mode='block'))
   net, write = NeuralNetConfig, NeuralWriteConfig
   for changes in ({'net': net(expansion=2, gain='fast')}, {'net': net(kind='swiglu')}, {'chunk': 12}, {'width': 24},
                   {'write': write(window=2)}, {'write': write(per_tensor=True)}, {'rule': NeuralRuleConfig(clip=1.0)},
