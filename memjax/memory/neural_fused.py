@@ -13,7 +13,7 @@ MOST = 128                           # rows x heads up to which kernels took a t
 
 
 def has_kernels(memory, many: int) -> bool:
-  """Whether kernels take a token of so many rows x heads: what they compute, asked for by exec.backend 'pallas' or, with auto, where they won."""
+  """Whether kernels take a token of `many` rows x heads: what they compute, where asked for or, with exec.backend auto, where they won."""
   c, rule = memory.config, memory.rule
   own = rule.mode == 'token' and c.write.window == 1 and not (c.waits or c.write.per_tensor or c.gates.surprise or c.gates.row_factor)
   chosen = rule.backend == 'pallas' or many <= MOST

@@ -18,17 +18,28 @@ from memjax.ops.neural_steps import Coefficients
 from memjax.ops.pallas_neural_kernels import Plan
 
 
-class Launch(NamedTuple):
-  """Warps of each kernel; hidden channels of a program, of which it holds a tile at a time; tokens of a program that judges."""
-  write_kernel: int = 4
-  judge_kernel: int = 4
-  push_back_kernel: int = 4
-  judge_back_kernel: int = 4
-  find_back_kernel: int = 4
+class Shape(NamedTuple):
+  """Warps of a program; its hidden channels, of which it holds a tile at a time; tiles of which loads are under way together."""
+  warps: int = 4
   block: int = 128
   tile: int = 32
-  rows: int = 16
   stages: int = 2
+
+
+class Launch(NamedTuple):
+  """How each kernel runs; tokens of a program that judges."""
+  write_kernel: Shape = Shape(tile=16, stages=3)
+  judge_kernel: Shape = Shape()
+  push_back_kernel: Shape = Shape()
+  judge_back_kernel: Shape = Shape()
+  find_back_kernel: Shape = Shape(block=64, tile=64)
+  rows: int = 16
+
+  def plan(self, plan, kernel, hidden):
+    """The plan of a kernel where there are so many hidden channels."""
+    shape = getattr(self, kernel)
+    block = min(hidden, shape.block)
+    return plan._replace(blocks=hidden // block, block=block, tile=min(block, shape.tile))
 
 
 class Arrays(NamedTuple):
@@ -45,7 +56,8 @@ class Call(NamedTuple):
   does: tuple[tuple[str, bool], ...] = ()
 
 
-SHORT, LONG = Launch(), Launch(write_kernel=8, push_back_kernel=8, find_back_kernel=8)       # chunks of up to 64 tokens, and longer
+SHORT = Launch()                                                     # for chunks of up to 64 tokens; LONG: for longer ones
+LONG = Launch(write_kernel=Shape(warps=8), push_back_kernel=Shape(warps=8), find_back_kernel=Shape(warps=8))
 TOKENS = ('at', 'key', 'value', 'weight', 'push', 'turn')
 WRITE, MEET = (
   Arrays(('at', 'hold', 'key', 'push', 'turn', 'init_up', 'init_down', 'd'), ('h', 'slope', 'up', 'down', 'seen_up', 'seen_down')),
@@ -89,6 +101,7 @@ def _spec(plan, name, shape, programs):
 def _call(call, static, arrays):
   """The arrays that a kernel rewrites."""
   plan, launch = static
+  plan, shape = launch.plan(plan, call.kernel, arrays['init_up'].shape[-1]), getattr(launch, call.kernel)
   each = lambda names: [f'{n}{q}' for n in names if n in ('up', 'down') for q in range(plan.levels)] + [
       n for n in names if n in arrays]
   rewrites = each(call.arrays.rewrites)
@@ -100,7 +113,7 @@ def _call(call, static, arrays):
       functools.partial(getattr(kernels, call.kernel), plan, **dict(call.does)), out_shape=shapes, grid=grid,
       in_specs=[{n: spec(n) for n in inputs}], out_specs={n: spec(n) for n in shapes}, name=call.kernel,
       input_output_aliases={inputs.index(n): sorted(shapes).index(n) for n in rewrites}, interpret=not plan.is_compiled,
-      compiler_params=plgpu.CompilerParams(num_warps=getattr(launch, call.kernel), num_stages=launch.stages))(
+      compiler_params=plgpu.CompilerParams(num_warps=shape.warps, num_stages=shape.stages))(
           {n: arrays[n] for n in inputs})
 
 
@@ -132,12 +145,12 @@ def _write(static, start, memory, tokens):
 
 
 def _write_forward(static, start, memory, tokens):
-  plan, high = static[0], tokens['weight'].dtype
-  (N, B, H, C, K), F, Q, V = tokens['key'].shape, plan.blocks * plan.block, plan.levels, tokens['value'].shape[-1]
+  (plan, launch), high, F = static, tokens['weight'].dtype, start['init_up'].shape[-1]
+  (N, B, H, C, K), Q, V, G = tokens['key'].shape, plan.levels, tokens['value'].shape[-1], launch.plan(plan, 'write_kernel', F).blocks
   empty = lambda dtype, *shape: jax.lax.empty((N, B, H, *shape), dtype)
   shapes = {**dict.fromkeys(('h', 'slope', 'bend'), (C, F)), 'seen_up': (Q * K + C, F), 'seen_down': (F, Q * V), 'd': (C, V), 'out': (C, V)}
   carry = {name: empty(plan.dtype, *shape) for name, shape in shapes.items()}
-  carry |= {**memory, **_gain_stack(N, memory, 0), 'loss': empty(high, C), 'part': jax.lax.empty((B, H, plan.blocks, C, V), high)}
+  carry |= {**memory, **_gain_stack(N, memory, 0), 'loss': empty(high, C), 'part': jax.lax.empty((B, H, G, C, V), high)}
   if 'gain' in memory: carry['read'] = empty(high, C, V)
   run = lambda carry, at, *calls: _run(static, calls, ({**tokens, **start}, carry), at=at)
   out = jax.lax.fori_loop(0, N - 1, lambda n, carry: run(carry, n.astype(jnp.int32), JUDGE, NEXT), run(carry, jnp.int32(0), FIRST))
@@ -149,15 +162,16 @@ def _write_forward(static, start, memory, tokens):
 
 
 def _write_backward(static, saved, cotangents):
-  plan, (start, tokens, kept), (dmemory, dseen) = static[0], saved, cotangents
-  (N, B, H, C, K), G, Q, V = tokens['key'].shape, plan.blocks, plan.levels, tokens['value'].shape[-1]
-  F, high, own = G * plan.block, tokens['weight'].dtype, tokens['key'].dtype
+  (plan, launch), (start, tokens, kept), (dmemory, dseen) = static, saved, cotangents
+  (N, B, H, C, K), Q, V, F = tokens['key'].shape, plan.levels, tokens['value'].shape[-1], start['init_up'].shape[-1]
+  high, own, (G, finders) = tokens['weight'].dtype, tokens['key'].dtype, (
+      launch.plan(plan, name, F).blocks for name in ('push_back_kernel', 'find_back_kernel'))
   empty = lambda dtype, *shape: jax.lax.empty((N, B, H, *shape), dtype)
   zeros = lambda *shape: jnp.zeros((N, B, H, *shape), high)
   one = lambda *shape: jax.lax.empty((B, H, *shape), plan.dtype)
   carry = {**dmemory, 'dpush': empty(high, 2 * G, Q, C), 'dturn': zeros(2 * G, Q, Q), 'dkey': empty(own, C, K), 'dout': one(C, V),
            **dict.fromkeys(('dh', 'bent', 'raised'), one(C, F)), 'part': one(2 * G, C, V).astype(high),
-           'dkey_push': empty(own, G, C, K), 'dkey_find': empty(own, G, C, K), 'dvalue': empty(tokens['value'].dtype, C, V),
+           'dkey_push': empty(own, G, C, K), 'dkey_find': empty(own, finders, C, K), 'dvalue': empty(tokens['value'].dtype, C, V),
            'dweight': empty(high, C), 'dgain': empty(high, C // plan.rows, V), 'dup': empty(plan.dtype, K, F),
            'ddown': empty(plan.dtype, F, V)}
   dseen['loss'] = jax.lax.optimization_barrier(dseen['loss'])          # often zeros, which XLA would make anew in every step of the loop
@@ -201,10 +215,9 @@ def write_chunks(rule: Rule, start: Weights, memory: dict, tokens: Tokens, *, co
   """
   launch = launch or (SHORT if tokens.key.shape[3] <= 64 else LONG)
   Q, high, dtype = rule.levels, tokens.weight.dtype, rule.dtype
-  F = rule.network.widths[0][1]
-  block, fast = min(F, launch.block), 'gain' in memory
+  fast = 'gain' in memory
   rows = tokens.key.shape[3] if fast else min(launch.rows, tokens.key.shape[3])
-  plan = Plan(Q, F // block, block, min(block, launch.tile), rows, rule.scale, dtype, jax.default_backend() != 'cpu')
+  plan = Plan(Q, rows=rows, scale=rule.scale, dtype=dtype, is_compiled=jax.default_backend() != 'cpu')
   sides = {f'{side}{q}': memory[name][q] for side, name in (('up', 'w_0'), ('down', 'w_1')) for q in range(Q)}
   hold = 1 - fresh.astype(high)
   given = {'key': tokens.key, 'value': tokens.value, 'weight': tokens.weight, 'push': coefficients.push, 'turn': coefficients.turn,

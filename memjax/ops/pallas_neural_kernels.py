@@ -24,13 +24,13 @@ class Plan(NamedTuple):
   """What is fixed while tracing: a program takes `block` hidden channels, `tile` at a time, of `blocks` such, or so many `rows` of
   tokens; loss = scale |error|^2, operands of products in `dtype`."""
   levels: int
-  blocks: int
-  block: int
-  tile: int
   rows: int
   scale: float
   dtype: Any
   is_compiled: bool = True
+  blocks: int = 0
+  block: int = 0
+  tile: int = 0
 
 
 class Tile(NamedTuple):

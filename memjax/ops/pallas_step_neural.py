@@ -223,7 +223,7 @@ def neural_step(rule: Rule, start: Weights, held: tuple, token: Token, *, coeffi
                                                 'keys': 'key', 'values': 'value', 'gates': 'gate'}
   F, Q = rule.network.widths[0][1], rule.levels
   block = min(F, BLOCK)
-  plan = Plan(Q, F // block, block, tile=block, rows=1, scale=rule.scale, dtype=rule.dtype, is_compiled=jax.default_backend() != 'cpu')
+  plan = Plan(Q, 1, rule.scale, rule.dtype, jax.default_backend() != 'cpu', blocks=F // block, block=block, tile=block)
   arrays = {f'{side}{q}': memory[name][q] for side, name in sides.items() for q in range(Q)} | {n: rings[r] for n, r in names.items()}
   arrays |= {'home_up': start.fast['w_0'], 'home_down': start.fast['w_1'], 'home_gain': start.slow['gain'][None], 'marks': marks_Bx3}
   arrays |= {**token._asdict(), 'weigh': coefficients.weigh[:, :, 0], 'reach': coefficients.reach[..., 0]}

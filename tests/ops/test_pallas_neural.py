@@ -38,6 +38,12 @@ def inputs(name, *, dtype=np.float64, seed=0):
   return rule, (start, memory, tokens, Coefficients(None, np.zeros_like(push), turn, push)), full, fresh
 
 
+def launch(block):
+  """Programs of so many hidden channels, 16 at a time; those that find gradients take half as many."""
+  shape = pallas_neural.Shape(block=block, tile=16)
+  return pallas_neural.Launch(*[shape] * 4, shape._replace(block=max(16, block // 2)))
+
+
 def run(name, given, *, detach=None, compiled=quick, has_gradients=True):
   """[(outputs, gradients of a random functional of them) of XLA, of the kernels]."""
   rule, arguments, full, fresh = given
@@ -51,7 +57,7 @@ def run(name, given, *, detach=None, compiled=quick, has_gradients=True):
   def by_kernels(start, memory, chunks):
     flow = None if detach is None else jnp.broadcast_to(jnp.arange(len(full))[:, None] != detach, full.shape)
     return pallas_neural.write_chunks(rule, start, memory, chunks.tokens, coefficients=chunks.coefficients, fresh=chunks.fresh, flow=flow,
-                                      launch=pallas_neural.Launch(block=CASES[name][-1], tile=16))
+                                      launch=launch(CASES[name][-1]))
   def loss(arguments, write):
     start, memory, tokens, coefficients = arguments
     out = write(start, memory, only_full(Chunk(tokens.key, tokens, coefficients, full, fresh)))
