@@ -77,6 +77,13 @@ def time_cases(cases: Iterable[Case], *, repeats: int, inner: int = 1) -> dict[s
                       'compile_s': case.compile_s, 'temporary_mib': case.temporary_mib} for case in cases}
 
 
+def repeated(case: Case, calls: int = 8) -> float:
+  """The share of further calls whose result is that of the first one, bit for bit."""
+  bits = lambda: [x.tobytes() for x in jax.device_get(jax.tree.leaves(case.call(*case.arguments)))]
+  first = bits()
+  return sum(bits() == first for _ in range(calls)) / calls
+
+
 def _git(*command: str) -> str:
   try:
     done = subprocess.run(['git', *command], cwd=RESULTS.parent, capture_output=True, text=True, check=False)

@@ -57,7 +57,7 @@ class Call(NamedTuple):
 
 
 SHORT = Launch()                                                     # for chunks of up to 64 tokens; LONG: for longer ones
-LONG = Launch(write_kernel=Shape(warps=8), push_back_kernel=Shape(warps=8), find_back_kernel=Shape(warps=8))
+LONG = Launch(write_kernel=Shape(8, tile=16, stages=3), push_back_kernel=Shape(8), find_back_kernel=Shape(8, block=64, tile=64))
 TOKENS = ('at', 'key', 'value', 'weight', 'push', 'turn')
 WRITE, MEET = (
   Arrays(('at', 'hold', 'key', 'push', 'turn', 'init_up', 'init_down', 'd'), ('h', 'slope', 'up', 'down', 'seen_up', 'seen_down')),

@@ -202,7 +202,8 @@ def weight_kernel(plan, refs, out):
       out['up'][n, above] = dot(query, scaled(dz), dtype, left=0).astype(out['up'].dtype)
       out['down'][n, :, below] = dot(scaled(h), dmade, dtype, left=0).astype(out['down'].dtype)
     if 'home_up' not in out: return sums
-    return sums[0] + dot(query, dz, dtype, left=0), sums[1] + dot(h, dmade, dtype, left=0)
+    # A difference: products that Triton adds to a sum itself are still under way where it loads the next chunk over their operands.
+    return sums[0] - dot(query, dz, dtype, left=0), sums[1] - dot(h, dmade, dtype, left=0)
   zeros = lambda *shape: jnp.zeros(shape, wide(dtype))
   sums = jax.lax.fori_loop(0, R, body, (zeros(K, plan.block), zeros(plan.block, V)) if 'home_up' in out else ())
-  if 'home_up' in out: out['home_up'][...], out['home_down'][...] = sums
+  if 'home_up' in out: out['home_up'][...], out['home_down'][...] = -sums[0], -sums[1]
