@@ -179,18 +179,18 @@ def test_numbers_of_the_readme_are_those_measured():
       [ms] = [r['ms'] for r in result['rows'] if r['L'] == length and r['pass'] == 'both'
               and (r['row'] == ROWS[label] or (r['automatic'] and r['row'].startswith(ROWS[label])))]
       assert cell.strip() == f'{report.cell(ms)} ms', (label, length)
-  kernels = {(row['binding'], row['L']): row['ms'] for row in measured('kernels-h200')['rows']
-             if (row['kernel'], row.get('chunk')) == ('all', 16)}
-  for binding, (label, *cells) in zip(('bipolar', 'hrr'), fused, strict=True):
-    assert ('elementwise' if binding == 'bipolar' else 'convolution') in label
-    assert [cell.strip() for cell in cells] == [f'{report.cell(kernels[binding, length])} ms' for length in lengths]
+  kernels = {(row['row'], row['L']): f'{report.cell(row["ms"])} ms' for row in measured('holographic-kernels-h200')['rows']}
+  for name, (label, *cells) in zip(('elementwise fused', 'convolution dft fused'), fused, strict=True):
+    assert name.split()[0] in label
+    assert [cell.strip() for cell in cells] == [kernels[name, length] for length in lengths]
   first = result['rows'][0]
   assert f'{first["B"] * first["L"]:,} tokens, {first["H"]} heads x {first["K"]}, {first["S"]} slots' in head[0]
 
 
 def test_training_and_batches_of_the_readme_are_those_measured():
   read = lambda name: measured(f'{name}-h200')['rows']
-  speed = {(row['model'], row['length']): row for row in read('hybrid') if not row['overrides']}
+  shipped = [row for name in ('hybrid-32k', 'hybrid-candidates') for row in read(name) if row['overrides'] in ([], ['model.mixers.learns.heads=4'])]
+  speed = {(row['model'], row['length']): row for row in shipped}
   rate = {row['row']: row['tokens_per_second'] for row in read('decode-batch64')}
   fast, near = (speed['hybrid', length]['tokens_per_second'] for length in (32_768, 4096))
   times = [own / speed['attention', length]['tokens_per_second'] for own, length in ((fast, 32_768), (near, 4096))]
