@@ -5,6 +5,7 @@ No key or value is gathered, and dk and dv of a chapter come out of one product.
 nothing is dropped; balanced routing needs one. What a round returns is merged into the tokens at once.
 """
 import functools
+import inspect
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +13,8 @@ import jax.numpy as jnp
 
 from memjax.ops.tiles import Sorted, attend_tiles, attend_tiles_back, sort_pairs, take_chapters, wide_dtype
 
+KEPT = ('query', 'key', 'value', 'bias', 'q_seqlen', 'kv_seqlen', 'q_offsets', 'kv_offsets', 'page_table_k', 'page_table_v',
+        'score_mod_args')                                       # what jax's rule of the gradient wants of what the forward one took
 ANY_VERSION = 10 ** 6     # jax's rule refuses some GPUs with an old cuDNN; versions that old are not supported here
 NEVER = 1e30        # a log-sum-exp under which every probability is zero
 
@@ -78,24 +81,32 @@ def takes_cudnn(dtype, K: int) -> bool:
   return 'cuda' in jax.devices()[0].client.platform_version.lower() and _cudnn() is not None
 
 
-def _cudnn_arguments(rows: Rows, scale):
-  """(arrays, static arguments) of jax's rules: [P, C | T, H | G, K], padding lengths, no bias, no dropout."""
+def _cudnn_arguments(rows: Rows, scale) -> dict:
+  """Arguments of jax's rules by name, [P, C | T, H | G, K]: padding lengths, no bias, no dropout, no change of scores."""
   cudnn, (k, v, _), none = _cudnn(), rows.bank, jnp.zeros((0,), rows.q_PxCxHxK.dtype)
   count_P = jnp.maximum(rows.count_P, 1).astype(jnp.int32)       # an empty sequence is not safe in every cuDNN; its rows have do = 0
-  arrays = (rows.q_PxCxHxK, k, v, none, count_P, jnp.full_like(count_P, k.shape[1]), none, none, none, none)
-  return arrays, (scale or k.shape[3] ** -0.5, 42, 0.0, (False, False), cudnn.MaskType.PADDING, cudnn.AttentionLayout.BTNH.value, None)
+  absent = dict.fromkeys(('bias', 'q_offsets', 'kv_offsets', 'page_table_k', 'page_table_v'), none)
+  return {'query': rows.q_PxCxHxK, 'key': k, 'value': v, 'q_seqlen': count_P, 'kv_seqlen': jnp.full_like(count_P, k.shape[1]), **absent,
+          'scale': scale or k.shape[3] ** -0.5, 'seed': 42, 'dropout_rate': 0.0, 'variadic_args': (False, False),
+          'mask_type': cudnn.MaskType.PADDING, 'layout': cudnn.AttentionLayout.BTNH.value, 'sliding_window_length': None,
+          'score_mod': None, 'score_mod_args': (), 'cudnn_version': ANY_VERSION, 'is_training': True, 'return_residual': True}
+
+
+def _by_name(rule, given: dict):
+  """The rule's result; each version of jax names what it takes, and in which order."""
+  return rule(*[given[name] for name in inspect.signature(rule).parameters])
 
 
 def _cudnn_forward(rows: Rows, scale: float):
-  arrays, static = _cudnn_arguments(rows, scale)
-  (o_PxCxHxV, lse_PxHxC), _ = _cudnn()._dot_product_attention_fwd_rule(*arrays, *static, ANY_VERSION, True)
+  (o_PxCxHxV, lse_PxHxC), _ = _by_name(_cudnn()._dot_product_attention_fwd_rule, _cudnn_arguments(rows, scale))
   return o_PxCxHxV, jnp.moveaxis(lse_PxHxC, 1, 2)
 
 
 def _cudnn_backward(rows: Rows, lse_PxCxH, o_PxCxHxV, do_PxCxHxV, *, scale: float):
-  arrays, static = _cudnn_arguments(rows, scale)
-  saved = (*arrays, jnp.moveaxis(lse_PxCxH, 2, 1), o_PxCxHxV)
-  return _cudnn()._dot_product_attention_bwd_rule(*static, True, True, saved, (do_PxCxHxV,))[:3]
+  given, cudnn = _cudnn_arguments(rows, scale), _cudnn()
+  kept = [name for name in inspect.signature(cudnn._dot_product_attention_fwd_rule).parameters if name in KEPT]
+  saved = (*[given[name] for name in kept], jnp.moveaxis(lse_PxCxH, 2, 1), o_PxCxHxV)
+  return _by_name(cudnn._dot_product_attention_bwd_rule, {**given, 'res': saved, 'grad_output': (do_PxCxHxV,)})[:3]
 
 
 KERNELS = {'capacity': (_xla_forward, _xla_backward), 'cudnn': (_cudnn_forward, _cudnn_backward)}

@@ -1,6 +1,7 @@
 """Random inputs of the slot recurrence, float64 numpy, tiny."""
 import jax
 import numpy as np
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
 from tests.ops import oracle
 
@@ -8,6 +9,13 @@ from tests.ops import oracle
 def quick(f, **options):
   """jit without the expensive compiler passes: tests of exactness run each program once and wait for its compilation."""
   return jax.jit(f, compiler_options={'xla_backend_optimization_level': 0}, **options)
+
+
+def gpu_text(function, *arguments):
+  """What the function is lowered to for an H200, which need not be there."""
+  card = AbstractDevice(device_kind='NVIDIA H200', num_cores=None, platform='gpu')
+  with use_abstract_mesh(AbstractMesh((1,), ('x',), axis_types=(AxisType.Auto,), abstract_device=card)):
+    return jax.jit(function).trace(*arguments).lower(lowering_platforms=('cuda',)).as_text()
 
 
 def make(*, keep='none', B=2, L=7, H=2, S=4, K=6, G=1, reset=False, mask=False, seed=0, decay=1.0):

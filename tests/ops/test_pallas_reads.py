@@ -11,7 +11,7 @@ from memjax.ops.neural_nets import Network
 from memjax.ops.neural_reads import Prepared, read_prepared
 from memjax.ops.neural_steps import Coefficients, coefficients
 from memjax.ops.pallas_reads import Launch, read_prepared_fused, supports
-from tests.ops.inputs import quick
+from tests.ops.inputs import gpu_text, quick
 from tests.ops.neural_cases import furthest, gates, rule
 
 TINY = Launch(*[(4, 16, 1)] * 4, chunks=2)
@@ -123,6 +123,5 @@ def test_kernels_lower_for_a_gpu(monkeypatch, options):
   def value(start, seen, query, weigh, reach):
     made = Coefficients(weigh, reach, None, None)
     return jnp.sum(read_prepared_fused(given, start, seen, query, coefficients=made).astype(jnp.float32))
-  traced = jax.jit(jax.grad(value, range(5))).trace(home, seen, shape(C, K), wide(C, C), wide(Q, C))
   assert supports(given, wide(C, C)) and not supports(dataclasses.replace(given, dtype=jnp.float32), wide(C, C))
-  assert traced.lower(lowering_platforms=('cuda',)).as_text().count('xla.gpu.triton') == 4
+  assert gpu_text(jax.grad(value, range(5)), home, seen, shape(C, K), wide(C, C), wide(Q, C)).count('xla.gpu.triton') == 4

@@ -23,7 +23,7 @@ from memjax.ops.neural_nets import EPSILON, Network
 from memjax.ops.neural_steps import Coefficients
 from memjax.ops.pallas_step_neural import Token, neural_step
 from tests.laws.test_laws import parameters
-from tests.ops.inputs import quick
+from tests.ops.inputs import gpu_text, quick
 from tests.ops.neural_cases import furthest
 
 B, D, C, L = 4, 16, 16, 20
@@ -224,6 +224,5 @@ def test_kernels_lower_for_a_gpu(monkeypatch, width):
   made = Coefficients(shape(H, 1, chunk), shape(H, Q, 1), shape(H, Q, Q), shape(H, Q, chunk))
   step = lambda *inputs: neural_step(given, *inputs[:3], coefficients=inputs[3], marks_Bx3=inputs[4])
   memory = {n: (shape(H, *edge),) * Q for n, edge in edges.items()}
-  traced = jax.jit(step).trace(start, (memory, rings), token, made, shape(3, dtype=jnp.int32))
-  text = traced.lower(lowering_platforms=('cuda',)).as_text()
+  text = gpu_text(step, start, (memory, rings), token, made, shape(3, dtype=jnp.int32))
   assert all(name in text for name in pallas_step_neural.KERNELS)
