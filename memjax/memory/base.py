@@ -165,7 +165,9 @@ class Memory(nn.Module):
     return y_BxLxE, new, aux
 
   def __call__(self, x_BxLxD: jax.Array, state: State, **context) -> tuple[jax.Array, State, Aux]:
-    """(y [B, L, D], state, aux) for a call of any length; keywords as in `mix`. May be cut anywhere, rows may be ragged."""
+    """(y [B, L, D], state, aux) for a call of any length; keywords as in `mix`. May be cut anywhere, rows may be ragged; of no
+    tokens nothing is told in aux."""
+    if not x_BxLxD.shape[1] and not self.is_initializing(): return x_BxLxD.astype(self.dtype), state, {}
     x_BxLxD = only_real(x_BxLxD, context.get('mask_BxL'))
     y_BxLxE, state, aux = self.mix(x_BxLxD, state, **context)
     return self.readout(x_BxLxD, y_BxLxE), state, aux

@@ -82,7 +82,9 @@ class Decoder(nn.Module):
     banks = {name: make_table(c.mixers[mixer], c.width, name=f'bank_{name}')() for name, mixer in shared_tables(c).items()}
     flow = Flow(position_BxL, mask_BxL, write_mask_BxL, reset_BxL, token_BxL, banks, frozen, silent)
     new, aux = {}, {}
-    for number, part in enumerate(stacks(c)):
+    if not token_BxL.shape[1] and not self.is_initializing(): new, parts = state, {}      # no token: nothing to read, nothing to tell
+    else: parts = stacks(c)
+    for number, part in enumerate(parts):
       x_BxLxD, (new[part], aux[part]) = self._stack(part, remat, collect, unroll)(
           x_BxLxD, state[part], (self._keys(part, fold(key, number + 1)), (prepared or {}).get(part, {})), flow)
     if last: x_BxLxD = x_BxLxD[:, -1:]

@@ -2,7 +2,7 @@
 
 A state is that of a whole decoder, so that a text goes on as if it had never been interrupted, wherever it was cut.
 """
-import functools
+import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -62,7 +62,17 @@ def flush(model: Decoder, params: Any, state: Any) -> Any:
   Reads see what they saw (in modes block and tnt: all that was written); a text that goes on differs from one that was not flushed.
   Raises UserError for layers that read by segments (mac) and for memories that write whole chunks.
   """
-  return jax.jit(functools.partial(flush_memories, model))(params, state)
+  return _flush(_Written(repr(model.config), model), params, state)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Written:
+  """A model that equals another of the same config: configs hold dictionaries, which have no hash."""
+  config: str
+  model: Decoder = dataclasses.field(compare=False)
+
+
+_flush = jax.jit(lambda written, params, state: flush_memories(written.model, params, state), static_argnums=0)
 
 
 def merge(config: ModelConfig, states: Sequence[Any], weights: Sequence[float]) -> Any:

@@ -124,6 +124,16 @@ def test_step(name):
   close((jnp.concatenate(steps, 1), state), (y, end))
 
 
+@pytest.mark.parametrize('name', timed(name for name in FULL if not isinstance(FULL[name], Wiring)))
+def test_no_tokens(name):
+  """A call of no tokens reads nothing and leaves the state as it was."""
+  c = case(name)
+  y, state = jax.eval_shape(functools.partial(call, c.memory), c.params, c.x[:, :0], c.state, c.position[:, :0])
+  assert (y.shape, y.dtype) == ((B, 0, D), c.x.dtype) and jax.tree.map(lambda a: a.shape, state) == jax.tree.map(lambda a: a.shape, c.state)
+  full = jax.tree.map(jnp.ones_like, c.state)
+  assert call(c.memory, c.params, c.x[:, :0], full, c.position[:, :0])[1] is full
+
+
 @full
 def test_prefill_of_ragged_rows_then_steps(name):
   c = case(name)

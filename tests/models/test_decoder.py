@@ -287,6 +287,14 @@ def test_decoding_the_tiny_config_equals_the_full_forward(tiny):
   assert np.array_equal(np.argmax(steps, -1), np.argmax(logits[0], -1))
 
 
+def test_no_tokens_change_nothing(tiny):
+  model, params = tiny
+  token_BxL = jnp.zeros((2, 0), jnp.int32)
+  state = jax.tree.map(jnp.ones_like, model.init_state(2, 8))
+  logits, new, aux = model.apply({'params': params}, token_BxL, state, position_BxL=token_BxL)
+  assert logits.shape == (2, 0, model.config.vocabulary) and new is state and float(aux['penalty']) == 0
+
+
 def test_state_bytes_do_not_grow_with_the_text(tiny):
   model, params = tiny
   size = lambda state: sum(a.nbytes for a in jax.tree.leaves(state))

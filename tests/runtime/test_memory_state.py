@@ -16,7 +16,7 @@ from memjax.config.schema import ModelConfig
 from memjax.data.tokenizers import ByteTokenizer
 from memjax.memory.registry import make_memory
 from memjax.models.decoder import build_decoder, init_params
-from memjax.runtime.memory_state import _merged, flush, fork, load_state, merge, reset, save_state
+from memjax.runtime.memory_state import _flush, _merged, flush, fork, load_state, merge, reset, save_state
 from memjax.runtime.reading import open_run
 from memjax.runtime.sampling import Sampler, Sampling
 from tests.pieces import make_workdir, small_config, write_plays
@@ -82,6 +82,9 @@ def test_what_waits_is_flushed_and_then_merges():
   params, state = jax.jit(lambda key: init_params(model, key)[0])(jax.random.key(0)), filled(model, 0)
   state['repeats']['layer_0']['mem'] = memory(state).replace(slot_B=memory(state).slot_B + 2)
   after = flush(model, params, state)
+  programs = _flush._cache_size()
+  flush(model_of('mem>near', mem=dataclasses.replace(NEURAL, chunk=4)), params, after)
+  assert _flush._cache_size() == programs                              # an equal model, the same shapes: one program
   assert not np.asarray(memory(after).slot_B).any() and np.abs(memory(after).fast['w_0'][0] - memory(state).fast['w_0'][0]).max() > 1e-4
   chex.assert_trees_all_equal_shapes_and_dtypes(merge(model.config, [after, after], [1, 1]), state)
   wired = model_of('near+mem:mac', mem=dataclasses.replace(NEURAL, chunk=2))
