@@ -53,6 +53,12 @@ def dot(x, y, dtype, *, left=1, right=0):
                              preferred_element_type=wide(dtype))
 
 
+def put(plan, ref, at, x, *, stays=False):
+  """ref[at] = x, which the second-level cache keeps while it can (`stays`: the next kernel reads it) or gives up first."""
+  if not plan.is_compiled: ref[at] = x                        # interpretation knows no caches
+  else: plgpu.store(ref.at[at], x, eviction_policy='evict_last' if stays else 'evict_first')
+
+
 def product(plan, x, y, *, conjugate=False):
   """The packed product x y, or conj(x) y, of parts."""
   if plan.parts == 1: return (x[0] * y[0],)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from memjax.ops.pallas_chunk import dot, wide
+from memjax.ops.pallas_chunk import dot, put, wide
 from memjax.ops.pallas_neural_rows import judge, judge_back, silu
 
 
@@ -54,8 +54,9 @@ class Tile(NamedTuple):
 
   def put(self, side, levels, *, first=0):
     """Rewrites the levels of a side from the `first` on."""
+    at = (self.at, slice(None)) if side == 'down' else (slice(None), self.at)
     for q, x in enumerate(levels):
-      if q >= first: self.out[f'{side}{q}'][(self.at, slice(None)) if side == 'down' else (slice(None), self.at)] = x
+      if q >= first: put(self.plan, self.out[f'{side}{q}'], at, x, stays=True)
 
 
 def _wide(x): return x.astype(wide(x.dtype))
@@ -131,9 +132,9 @@ def _meet(tile, n, key, *, home, levels):
   dtype = tile.plan.dtype
   up, down = ((start + x[0]).astype(dtype) for start, x in zip(home, levels, strict=True))
   z = dot(key, up, dtype).astype(dtype).astype(wide(dtype))
-  h, slope, bend = (x.astype(dtype) for x in silu(z))
-  for name, x in (('h', h), ('slope', slope), ('bend', bend)): tile.out[name][n, :, tile.at] = x
-  return dot(h, down, dtype)
+  made = dict(zip(('h', 'slope', 'bend'), (x.astype(dtype) for x in silu(z)), strict=True))
+  for name, x in made.items(): put(tile.plan, tile.out[name], (n, slice(None), tile.at), x, stays=name != 'bend')
+  return dot(made['h'], down, dtype)
 
 
 def _write(tile, n, given, *, home, levels):
@@ -141,10 +142,10 @@ def _write(tile, n, given, *, home, levels):
   (C, K), V = refs['key'].shape[1:], refs['d'].shape[2]
   d = _rounded(dot(given['d'], (home[1] + down[0]).astype(dtype), dtype, right=1), dtype, tile.up('slope', n, slice(None)))
   h = out['h'][n, :, at]
-  out['seen_up'][n, pl.ds(plan.levels * K, C), at] = d
+  put(plan, out['seen_up'], (n, pl.ds(plan.levels * K, C), at), d)
   for q in range(plan.levels):
-    out['seen_up'][n, _part(K, q), at] = up[q].astype(dtype)
-    out['seen_down'][n, at, _part(V, q)] = down[q].astype(dtype)
+    put(plan, out['seen_up'], (n, _part(K, q), at), up[q].astype(dtype))
+    put(plan, out['seen_down'], (n, at, _part(V, q)), down[q].astype(dtype))
   new = ([_turned(given['turn'], p, up) - dot(given['key'][p], d, dtype, left=0) for p in range(plan.levels)],
          [_turned(given['turn'], p, down) - dot(h, given['pull'][p], dtype, left=0) for p in range(plan.levels)])
   for side, levels in zip(('up', 'down'), new, strict=True): tile.put(side, levels)
@@ -265,17 +266,16 @@ def _find_back_up(tile, n, given):
   dh = tile.up('dh', slice(None)) + dot(dout, down, dtype, right=1)
   dz = (tile.up('bent', slice(None)) + dh * tile.up('slope', n, slice(None))).astype(dtype)
   dup = dot(key, dz, dtype, left=0)
-  out['dup'][n, :, at] = dup.astype(out['dup'].dtype)
-  out['up0'][:, at] = _held(flow, turn * tile.up('up0', slice(None)) + tile.up('ct_seen_up', n, first) + dup)
+  put(tile.plan, out['dup'], (n, slice(None), at), dup.astype(out['dup'].dtype))
+  tile.put('up', [_held(flow, turn * tile.up('up0', slice(None)) + tile.up('ct_seen_up', n, first) + dup)])
   return dot(dz, up, dtype, right=1)
 
 
 def _find_back_down(tile, n, given):
   (_, refs, out, at), dtype, (dout, turn, flow, d) = tile, tile.plan.dtype, given
-  first = _part(dout.shape[1], 0)
   ddown = dot(refs['h'][n, :, at], dout, dtype, left=0) + dot(refs['raised'][:, at], d, dtype, left=0)
-  out['ddown'][n, at] = ddown.astype(out['ddown'].dtype)
-  out['down0'][at] = _held(flow, turn * tile.down('down0') + tile.down('ct_seen_down', n, columns=first) + ddown)
+  put(tile.plan, out['ddown'], (n, at, slice(None)), ddown.astype(out['ddown'].dtype))
+  tile.put('down', [_held(flow, turn * tile.down('down0') + tile.down('ct_seen_down', n, columns=_part(dout.shape[1], 0)) + ddown)])
   return ()
 
 
