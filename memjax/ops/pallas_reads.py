@@ -32,9 +32,9 @@ READS = {name: names.split() for name, names in {
 
 class Launch(NamedTuple):
   """(warps, hidden channels at a time, stages of the loop's loads) of each kernel; chunks of a program of the last one."""
-  read_kernel: tuple[int, int, int] = (4, 32, 2)
+  read_kernel: tuple[int, int, int] = (4, 32, 3)
   norm_kernel: tuple[int, int, int] = (4, 32, 1)
-  token_kernel: tuple[int, int, int] = (4, 16, 2)
+  token_kernel: tuple[int, int, int] = (4, 32, 2)
   weight_kernel: tuple[int, int, int] = (4, 64, 2)
   chunks: int = 8
 

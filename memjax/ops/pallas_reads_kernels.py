@@ -73,14 +73,26 @@ def _weighed(plan, refs, x):
   return (x * -refs['weigh'][...]).astype(plan.dtype)
 
 
-def _hidden(plan, refs, at, operands):
-  """The hidden channels `at` before their activation, rounded."""
-  query, seen = operands
-  z = dot(seen, refs['up'][_tail(plan, refs), at], plan.dtype)
-  if 'home_up' in refs: z += dot(query, refs['home_up'][:, at], plan.dtype)
-  for q, part in enumerate(_parts(plan, query.shape[1])):
-    z += _by_token(refs['reach'][q]) * dot(query, refs['up'][part, at], plan.dtype)
-  return z.astype(plan.dtype).astype(z.dtype)
+def _held(plan, refs):
+  """What a program reads once: queries and what they meet as operands, reach by level. A loop would load it again with every block."""
+  return {'query': _operand(plan, refs, 'query'), 'seen': _weighed(plan, refs, _met_keys(plan, refs)),
+          'reach': [_by_token(refs['reach'][q]) for q in range(plan.levels)]}
+
+
+def _first_layer(plan, refs, at):
+  """(d, the learned start or None, the levels) of the hidden channels `at`, each loaded once for the products before and after."""
+  home = refs['home_up'][:, at] if 'home_up' in refs else None
+  return refs['up'][_tail(plan, refs), at], home, [refs['up'][part, at] for part in _parts(plan, refs['query'].shape[1])]
+
+
+def _hidden(plan, held, layer):
+  """(hidden channels before their activation, rounded; what each level gives them, before reach)."""
+  tail, home, levels = layer
+  z = dot(held['seen'], tail, plan.dtype)
+  if home is not None: z += dot(held['query'], home, plan.dtype)
+  levels = [dot(held['query'], level, plan.dtype) for level in levels]
+  for reach, level in zip(held['reach'], levels, strict=True): z += reach * level
+  return z.astype(plan.dtype).astype(z.dtype), levels
 
 
 def _normed(plan, made):
@@ -105,14 +117,14 @@ def _gain(plan, refs):
 def read_kernel(plan, refs, out):
   """y; and where `out` has them, what the gradient needs: made, met."""
   act, (C, V), dtype = ACTIVATIONS[plan.activation], refs['d'].shape, plan.dtype
-  operands = _operand(plan, refs, 'query'), _weighed(plan, refs, _met_keys(plan, refs))
+  held = _held(plan, refs)
   def body(n, sums):
     made, met = sums
     at = _block(plan, n)
-    h = act(_hidden(plan, refs, at, operands)).astype(dtype)
+    h = act(_hidden(plan, held, _first_layer(plan, refs, at))[0]).astype(dtype)
     met += dot(h, refs['hidden'][:, at], dtype, right=1)
     if 'home_down' in refs: made += dot(h, refs['home_down'][at], dtype)
-    for q, part in enumerate(_parts(plan, V)): made += _by_token(refs['reach'][q]) * dot(h, refs['down'][at, part], dtype)
+    for reach, part in zip(held['reach'], _parts(plan, V), strict=True): made += reach * dot(h, refs['down'][at, part], dtype)
     return made, met
   zeros = lambda width: jnp.zeros((C, width), wide(dtype))
   made, met = jax.lax.fori_loop(0, plan.blocks, body, (zeros(V), zeros(C)))
@@ -148,17 +160,16 @@ def norm_kernel(plan, refs, out):
 def token_kernel(plan, refs, out):
   """Cotangents of queries, keys and coefficients; and for those of weights, h and dz [C, F] on both sides of the activation, and seen."""
   (C, K), dtype = refs['query'].shape, plan.dtype
-  query, seen = _operand(plan, refs, 'query'), _weighed(plan, refs, _met_keys(plan, refs))
-  out['seen'][...] = seen
+  held = _held(plan, refs) | {'dmade': refs['dmade'][...], 'dmet': refs['dmet'][...]}
+  out['seen'][...] = held['seen']
   def body(n, sums):
     at, (dquery, dseen, dreach) = _block(plan, n), sums
-    dz, more = _down_back(plan, refs, out, at=at, operands=(query, seen))
-    dseen += dot(dz, refs['up'][_tail(plan, refs), at], dtype, right=1)
-    if 'home_up' in refs: dquery += dot(dz, refs['home_up'][:, at], dtype, right=1)
-    for q, part in enumerate(_parts(plan, K)):
-      back = dot(dz, refs['up'][part, at], dtype, right=1)
-      more[q] += jnp.sum(query.astype(back.dtype) * back, 1)
-      dquery += _by_token(refs['reach'][q]) * back
+    layer = tail, home, levels = _first_layer(plan, refs, at)
+    dz, more = _down_back(plan, refs, out, at=at, given=(held, layer))
+    dseen += dot(dz, tail, dtype, right=1)
+    if home is not None: dquery += dot(dz, home, dtype, right=1)
+    # A difference: the last product that Triton adds to a sum itself would be under way where it loads the next block over its operands.
+    for reach, level in zip(held['reach'], levels, strict=True): dquery -= dot((-reach * dz).astype(dtype), level, dtype, right=1)
     return dquery, dseen, tuple(a + b for a, b in zip(dreach, more, strict=True))
   zeros = lambda width: jnp.zeros((C, width), wide(dtype))
   reach = tuple(refs['some_reach'][q] if 'some_reach' in refs else jnp.zeros((C,), wide(dtype)) for q in range(plan.levels))
@@ -172,22 +183,22 @@ def token_kernel(plan, refs, out):
   out['query'][...] = dquery.astype(out['query'].dtype)
 
 
-def _down_back(plan, refs, out, *, at, operands):
-  """Cotangents (of hidden channels `at` before their activation, of reach by level) through the second layer; writes both sides of the
-  activation."""
-  act, dtype, more, dmade = ACTIVATIONS[plan.activation], plan.dtype, [], refs['dmade'][...]
-  z = _hidden(plan, refs, at, operands)
+def _down_back(plan, refs, out, *, at, given):
+  """(cotangents of hidden channels `at` before their activation, those of reach by level) through the second layer; writes both sides of
+  the activation."""
+  act, dtype, (held, layer), more = ACTIVATIONS[plan.activation], plan.dtype, given, []
+  z, levels = _hidden(plan, held, layer)
   h, slope = jax.jvp(act, (z,), (jnp.ones_like(z),))
   out['h'][:, at] = h.astype(dtype)
-  dh = dot(refs['dmet'][...], refs['hidden'][:, at], dtype)
-  if 'home_down' in refs: dh += dot(dmade, refs['home_down'][at], dtype, right=1)
-  for q, part in enumerate(_parts(plan, dmade.shape[1])):
-    back = dot(dmade, refs['down'][at, part], dtype, right=1)
+  dh = dot(held['dmet'], refs['hidden'][:, at], dtype)
+  if 'home_down' in refs: dh += dot(held['dmade'], refs['home_down'][at], dtype, right=1)
+  for reach, part in zip(held['reach'], _parts(plan, held['dmade'].shape[1]), strict=True):
+    back = dot(held['dmade'], refs['down'][at, part], dtype, right=1)
     more.append(jnp.sum(h * back, 1))
-    dh += _by_token(refs['reach'][q]) * back
+    dh += reach * back
   dz = (dh * slope).astype(dtype)
   out['dz'][:, at] = dz
-  return dz, more
+  return dz, [some + jnp.sum(dz.astype(z.dtype) * level, 1) for some, level in zip(more, levels, strict=True)]
 
 
 def weight_kernel(plan, refs, out):
