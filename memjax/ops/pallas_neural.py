@@ -30,9 +30,9 @@ class Launch(NamedTuple):
   """How each kernel runs; tokens of a program that judges."""
   write_kernel: Shape = Shape(tile=16, stages=3)
   judge_kernel: Shape = Shape()
-  push_back_kernel: Shape = Shape()
+  push_back_kernel: Shape = Shape(block=256, stages=3)
   judge_back_kernel: Shape = Shape()
-  find_back_kernel: Shape = Shape(block=64, tile=64)
+  find_back_kernel: Shape = Shape(tile=64)
   rows: int = 16
 
   def plan(self, plan, kernel, hidden):
@@ -57,7 +57,8 @@ class Call(NamedTuple):
 
 
 SHORT = Launch()                                                     # for chunks of up to 64 tokens; LONG: for longer ones
-LONG = Launch(write_kernel=Shape(8, tile=16, stages=3), push_back_kernel=Shape(8), find_back_kernel=Shape(8, block=64, tile=64))
+LONG = Launch(write_kernel=Shape(8, tile=16, stages=3), push_back_kernel=Shape(8, block=256, stages=3),
+              find_back_kernel=Shape(8, block=64, tile=64))
 TOKENS = ('at', 'key', 'value', 'weight', 'push', 'turn')
 WRITE, MEET = (
   Arrays(('at', 'hold', 'key', 'push', 'turn', 'init_up', 'init_down', 'd'), ('h', 'slope', 'up', 'down', 'seen_up', 'seen_down')),

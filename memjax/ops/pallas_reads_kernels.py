@@ -122,10 +122,10 @@ def read_kernel(plan, refs, out):
     made, met = sums
     at = _block(plan, n)
     h = act(_hidden(plan, held, _first_layer(plan, refs, at))[0]).astype(dtype)
-    met += dot(h, refs['hidden'][:, at], dtype, right=1)
     if 'home_down' in refs: made += dot(h, refs['home_down'][at], dtype)
-    for reach, part in zip(held['reach'], _parts(plan, V), strict=True): made += reach * dot(h, refs['down'][at, part], dtype)
-    return made, met
+    for reach, part in zip(held['reach'], _parts(plan, V), strict=True):
+      made += dot((reach * h).astype(dtype), refs['down'][at, part], dtype)
+    return made, met - dot(-h, refs['hidden'][:, at], dtype, right=1)         # a difference, as in `token_kernel`
   zeros = lambda width: jnp.zeros((C, width), wide(dtype))
   made, met = jax.lax.fori_loop(0, plan.blocks, body, (zeros(V), zeros(C)))
   if 'met' in out: out['met'][...] = met.astype(dtype)
@@ -166,10 +166,10 @@ def token_kernel(plan, refs, out):
     at, (dquery, dseen, dreach) = _block(plan, n), sums
     layer = tail, home, levels = _first_layer(plan, refs, at)
     dz, more = _down_back(plan, refs, out, at=at, given=(held, layer))
-    dseen += dot(dz, tail, dtype, right=1)
     if home is not None: dquery += dot(dz, home, dtype, right=1)
-    # A difference: the last product that Triton adds to a sum itself would be under way where it loads the next block over its operands.
-    for reach, level in zip(held['reach'], levels, strict=True): dquery -= dot((-reach * dz).astype(dtype), level, dtype, right=1)
+    for reach, level in zip(held['reach'], levels, strict=True): dquery += dot((reach * dz).astype(dtype), level, dtype, right=1)
+    # A difference: a last product that Triton adds to a sum itself is still under way where it loads the next block over its operands.
+    dseen -= dot(-dz, tail, dtype, right=1)
     return dquery, dseen, tuple(a + b for a, b in zip(dreach, more, strict=True))
   zeros = lambda width: jnp.zeros((C, width), wide(dtype))
   reach = tuple(refs['some_reach'][q] if 'some_reach' in refs else jnp.zeros((C,), wide(dtype)) for q in range(plan.levels))
