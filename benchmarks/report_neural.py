@@ -122,7 +122,8 @@ def fused_h200(result, results):
           'the earlier run. What came from where: reads of all chunks at once instead of in the scan 28.2 to 19.2 ms, kernels of '
           'the writes and streams laid out by rows to 14.0, gradients of the coefficients by sums and kernels of the reads to '
           '12.9, narrow gradients of the convolution to 12.0, writes tile by tile and kernels of streams and coefficients to 10.1, the '
-          'shape of the programs of each kernel to this; details in [performance](performance.md#the-neural-layer). In '
+          'shape of the programs of each kernel to 9.6, reads that load each array once and states kept in the second-level cache '
+          'to this; details in [performance](performance.md#the-neural-layer). In '
           f'float32, without kernels, {wide["ms"]:.1f} ms. Memory: {at64["peak_gib"]:.2f} GiB; for up to 2 GiB of memories '
           'nothing is recomputed. Networks of four layers have no kernels.')
 
