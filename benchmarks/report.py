@@ -251,6 +251,7 @@ SECTIONS = (                                # title, benchmark, key that must ho
   ('Memory banks', 'banks', 'rows', banks, 'banks'), ('Routed attention', 'routed', 'example_shape', routed, ''),
   ('Adapters', 'adapters', 'runs', adapters, 'adapters'),
   ('Pretrained decoding', 'decode_host', 'rows', decode_host, ''), ('Neural memory', 'neural_memory', 'rows', neural, ''),
+  ('Writes by one kernel', 'persistent', 'rows', lambda result: report_kernels.persistent(result, table), ''),
   ('Needles', 'needle', 'rows', needle, 'needle'), ('Learning at test time', 'titans', 'rows', titans, 'titans'),
   ('Long stream', 'longstream', 'rows', longstream, ''),
   ('Long context', 'context', 'width', context, 'context'),

@@ -5,8 +5,17 @@ ABOUT = {
   'Fused kernels': 'The Pallas kernels of holographic mixing alone and all together, forward + backward, by the tokens of a chunk and of a '
                    'program, warps and stages of the loads (`benchmarks/kernels.py`); one keep a head, circular convolution as a Fourier '
                    'matrix inside of the kernels. Stages with commas are those of the four kernels in order.',
+  'Writes by one kernel': 'Writes of a neural memory, forward: kernels of the library beside one Mosaic GPU kernel for all chunks, an '
+                          'experiment (`benchmarks/persistent.py`).',
 }
 ORDER = ('all', 'write_kernel', 'read_kernel', 'read_back_kernel', 'write_back_kernel', 'attention')
+
+
+def persistent(result: dict[str, Any], table) -> list[str]:
+  """Both ways to write, and how far they are from each other."""
+  rows = table(result['rows'], {'writes by': 'row', 'ms': 'ms', 'fastest ms': 'min_ms', 'compile s': 'compile_s'})
+  apart = [{'array': name, 'difference': f'{x:.1e}'} for name, x in result.get('differences', {}).items()]
+  return rows + (table(apart, {'array': 'array', 'difference': 'difference'}) if apart else [])
 
 
 def kernels(result: dict[str, Any], table) -> list[str]:

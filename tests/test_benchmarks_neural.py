@@ -7,10 +7,23 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import decode, join, language, language_models, longstream, needle, neural_models, recall_rows
+from benchmarks import (
+  decode,
+  join,
+  language,
+  language_models,
+  longstream,
+  needle,
+  neural_models,
+  persistent,
+  persistent_kernel,
+  recall_rows,
+  report,
+)
 from memjax.models.decoder import build_decoder, init_params
 from memjax.runtime.test_time import held, learners
 from memjax.runtime.workarounds import avoid_crash
+from tests.ops.inputs import gpu_text
 from tests.test_benchmarks import check, write_text
 
 SIZES = dict(width=64, layers=2, heads=2, window=16, chunk=16, vocabulary=needle.VOCABULARY, dtype='float32')
@@ -171,3 +184,24 @@ def test_long_stream(tmp_path):
   longstream.main(['--small', '--models', 'LMM', '--decoded', '100', '--repeats', '2', '--output', str(path)])
   row, = check(path, 'longstream')['rows']
   assert row['tokens'] == 1_000_000 and row['constant'] and row['finite']
+
+
+def test_one_kernel_for_all_chunks_gives_what_the_library_keeps():
+  given = persistent.inputs(2, 1, 1)
+  wanted, found = (jax.eval_shape(form, *given) for form in (persistent.by_chunks, persistent.by_one))
+  longer = {'h', 'slope', 'bend'}                                      # by a chunk that nobody reads
+  assert wanted.keys() == found.keys()
+  for name, x in wanted.items():
+    assert found[name].dtype == x.dtype and found[name].shape == ((3, *x.shape[1:]) if name in longer else x.shape), name
+  assert 'mosaic_gpu' in gpu_text(persistent.by_one, *given)           # lowered for an H200; only there it runs
+  with pytest.raises(ValueError, match='not 64, 64, 128'): persistent_kernel.write(*persistent.inputs(2, 1, 1, width=128), scale=0.5)
+
+
+@pytest.mark.slow
+def test_writes_by_one_kernel(tmp_path):
+  path = tmp_path / 'p.json'
+  persistent.main(['--small', '--repeats', '1', '--output', str(path)])
+  saved = check(path, 'persistent')
+  assert [row['row'] for row in saved['rows']] == ['kernels of the library'] and 'differences' not in saved
+  text = report.page({'persistent-cpu': saved | {'differences': {'h': 0.001}}})
+  assert '### Writes by one kernel: cpu' in text and '1.0e-03' in text
