@@ -40,7 +40,7 @@ class Launch(NamedTuple):
 
 
 # Measured on an H200 with chunks of 64 tokens, keys of 64 and 256 hidden channels in bf16: four warps, because eight share the rows of one
-# product and repeat each other; two stages, because loads then pass by the registers.
+# product and repeat each other; two stages or three, because loads then pass by the registers.
 LAUNCH = Launch()
 LARGEST = 64                                      # tokens and channels of keys: of more, kernels spill and XLA is faster
 
