@@ -19,9 +19,9 @@ from memjax.ops.pallas_neural_rows import silu
 
 T, TILES, GROUPS = 64, 2, 2                              # tokens and channels of a product; tiles of a warpgroup; warpgroups
 ARRAY, ROW, COLUMN = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
-INDEXED = inspect.signature(plgpu.load).parameters['idx'].default is inspect.Parameter.empty             # jax 0.10
+INDEXED = getattr(inspect.signature(plgpu.load).parameters.get('idx'), 'default', None) is inspect.Parameter.empty      # jax 0.10
 READS = ('where', 'key', 'value', 'weight', 'push', 'turn', 'hold', 'init_up', 'init_down', 'init_gain', 'up0', 'up1', 'down0', 'down1')
-BUFFERS = {'ad': 4, 'hh': 4, 'sl': 4, 'au': 2, 'st': 2, 'sg': 2, 'sh': 2, 'key': 2, 'd': 3, 'kp': 2}     # [.., T, T] in shared memory
+BUFFERS = {'ad': 4, 'hh': 4, 'sl': 4, 'au': 2, 'st': 2, 'sg': 2, 'sh': 2, 'key': 2, 'value': 1, 'd': 3, 'kp': 2}           # of [T, T]
 
 
 def get(ref: Any, layout: Any = ARRAY) -> jax.Array:
@@ -102,6 +102,11 @@ class Place:
     h, b = self.at[:2]
     plgpu.copy_gmem_to_smem(self.refs['key'].at[n, b, h], self.buffers['key'].at[lax.rem(n, 2)], self.buffers['keys'].at[lax.rem(n, 2)])
 
+  def load_value(self, n: Any) -> None:
+    """Starts to copy the values of chunk n."""
+    h, b = self.at[:2]
+    plgpu.copy_gmem_to_smem(self.refs['value'].at[n, b, h], self.buffers['value'].at[0], self.buffers['values'])
+
   def stage(self, x: jax.Array, to: Any, name: str, left: int) -> None:
     """Rounds x into a buffer and starts to copy it out, once at most `left` copies may still read theirs."""
     plgpu.wait_smem_to_gmem(left, wait_read_only=True)
@@ -130,14 +135,16 @@ def judge(place: Place, n: Any, scale: float) -> None:
   """Outputs of chunk n, their errors and the gradients of these, also times what tokens push."""
   (h, b, row), buffers, refs, out = place.at[:3], place.buffers, place.refs, place.out
   made = products([(buffers['hh'].at[v], buffers['ad'].at[v]) for v in range(TILES * GROUPS)]).astype(jnp.bfloat16)
-  out['out'].at[n, b, h][...] = made
+  place.stage(made, out['out'].at[n, b, h], 'st', 0)
   mean = lambda x: jnp.sum(x, axis=1) * (1 / T)
   gain = 1 + lax.broadcast_in_dim(get(refs['init_gain'].at[row, h], COLUMN), (T, T), [1])
   y = made.astype(jnp.float32)
   y = y - by_row(mean(y))
   size = lax.rsqrt(mean(y * y) + EPSILON)
   unit = y * by_row(size)
-  error = get(refs['key'].at[n, b, h]).astype(y.dtype) + unit * gain - get(refs['value'].at[n, b, h]).astype(y.dtype)
+  plgpu.barrier_wait(buffers['values'])
+  key, value = get(buffers['key'].at[lax.rem(n, 2)]), get(buffers['value'].at[0])
+  error = key.astype(y.dtype) + unit * gain - value.astype(y.dtype)
   out['loss'].at[n, b, h][...] = scale * jnp.sum(error * error, axis=1)
   inner = error * by_row(2 * scale * get(refs['weight'].at[n, b, h], ROW)) * gain
   d = ((inner - by_row(mean(inner)) - unit * by_row(mean(inner * unit))) * by_row(size)).astype(jnp.bfloat16)
@@ -146,6 +153,7 @@ def judge(place: Place, n: Any, scale: float) -> None:
   for p in range(2): buffers['d'].at[1 + p][...] = pushed(place, n, p, d)
   plgpu.commit_smem()
   plgpu.copy_smem_to_gmem(buffers['d'].at[0], out['d'].at[n, b, h])
+  pl.when(n + 1 < place.chunks)(lambda: place.load_value(n + 1))
 
 
 def pushed(place: Place, n: Any, p: int, x: jax.Array) -> jax.Array:
@@ -156,8 +164,7 @@ def pushed(place: Place, n: Any, p: int, x: jax.Array) -> jax.Array:
 
 def push_keys(place: Place, n: Any) -> None:
   """The keys of chunk n times what their tokens push."""
-  h, b = place.at[:2]
-  for p in range(2): place.buffers['kp'].at[p][...] = pushed(place, n, p, get(place.refs['key'].at[n, b, h]))
+  for p in range(2): place.buffers['kp'].at[p][...] = pushed(place, n, p, get(place.buffers['key'].at[lax.rem(n, 2)]))
   plgpu.commit_smem()
 
 
@@ -189,7 +196,7 @@ def kernel(place: Place, scale: float) -> None:
   """All chunks: each is judged at the anchors, written, and the next one met. The last one meets itself again, which nobody reads."""
   start, N = place, place.chunks
   first, last = start.at[3] == 0, start.at[3] == GROUPS - 1
-  pl.when(first)(lambda: start.load_key(0))
+  for load in (start.load_key, start.load_value): pl.when(first)(lambda load=load: load(0))
   weights = []
   for t in range(TILES):
     weights.append(tuple(get(start.state(start.refs, name, t)) for name in ('up0', 'down0')))
@@ -230,7 +237,8 @@ def write(start: dict, memory: dict, tokens: dict, *, scale: float) -> dict[str,
   outs |= {name: shape(jnp.float32, *memory[name].shape) for name in ('up0', 'up1', 'down0', 'down1')}
   tiles = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
   scratch = {name: plgpu.SMEM((count, T, T), jnp.bfloat16, transforms=tiles) for name, count in BUFFERS.items()}
-  scratch |= {'keys': plgpu.Barrier(num_arrivals=1, num_barriers=2), 'all': plgpu.Barrier(num_arrivals=GROUPS)}
+  scratch |= {'keys': plgpu.Barrier(num_arrivals=1, num_barriers=2), 'values': plgpu.Barrier(num_arrivals=1)}
+  scratch['all'] = plgpu.Barrier(num_arrivals=GROUPS)
 
   def body(*refs):
     read, written, own = refs[:len(READS)], refs[len(READS):len(READS) + len(outs)], refs[len(READS) + len(outs):]
