@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from memjax.ops.neural_nets import EPSILON
-from memjax.ops.pallas_neural_rows import silu
+from memjax.ops.pallas_neural_rows import held, silu
 
 T, TILES, GROUPS = 64, 2, 2                              # tokens and channels of a product; tiles of a warpgroup; warpgroups
 ARRAY, ROW, COLUMN = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
@@ -29,18 +29,17 @@ def get(ref: Any, layout: Any = ARRAY) -> jax.Array:
   return plgpu.load(ref, *([()] if INDEXED else []), layout=layout, optimized=False)
 
 
-def product(x: Any, y: Any, start: jax.Array | None = None) -> jax.Array:
-  """start + x . y of operands in shared memory."""
-  if start is None: return products([(x, y)])
-  return pl.run_state(lambda sum_: plgpu.wgmma(sum_, x, y))(plgpu.ACC.init(start))
-
-
-def products(pairs: list) -> jax.Array:
-  """sum x . y."""
-  def run(sum_):
-    for x, y in pairs: plgpu.wgmma(sum_, x, y)
-    return sum_[...]
+def product(*pairs: tuple) -> jax.Array:
+  """The sum of x . y over pairs of operands in shared memory."""
+  def run(total):
+    for x, y in pairs: plgpu.wgmma(total, x, y)
+    return total[...]
   return pl.run_scoped(run, plgpu.ACC((T, T), jnp.float32))
+
+
+def add_product(start: jax.Array, x: Any, y: Any) -> jax.Array:
+  """start + x . y of operands in shared memory."""
+  return pl.run_state(lambda total: plgpu.wgmma(total, x, y))(plgpu.ACC.init(start))
 
 
 def turned(ref: Any) -> Any:
@@ -51,11 +50,6 @@ def turned(ref: Any) -> Any:
 def by_row(x: jax.Array) -> jax.Array:
   """[T] along columns."""
   return lax.broadcast_in_dim(x, (T, T), [0])
-
-
-def held(hold: jax.Array, x: jax.Array) -> jax.Array:
-  """x, or zeros where a document starts."""
-  return jnp.where(hold > 0, x, jnp.zeros_like(x))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,30 +76,29 @@ class Place:
     w = self.at[3]
     return self.buffers[name].at[w * TILES + t if name in ('ad', 'hh', 'sl') else w]
 
-  def state(self, arrays: dict, name: str, t: int) -> Any:
-    """Tile t of a level."""
-    h, b = self.at[:2]
-    return arrays[name].at[(b, h, slice(None), self.channels(t)) if name.startswith('up') else (b, h, self.channels(t), slice(None))]
+  def tile(self, arrays: dict, name: str, t: int) -> Any:
+    """Tile t of a level or of the learned start."""
+    h, b, row, _ = self.at
+    inner = (slice(None), self.channels(t)) if 'up' in name else (self.channels(t), slice(None))
+    return arrays[name].at[(row if name.startswith('init') else b, h, *inner)]
 
   def home(self, side: str, t: int) -> jax.Array:
     """Tile t of the learned start."""
-    h, _, row, _ = self.at
-    return get(self.refs[f'init_{side}'].at[(row, h, slice(None), self.channels(t)) if side == 'up' else (row, h, self.channels(t))])
+    return get(self.tile(self.refs, f'init_{side}', t))
 
   def sync(self) -> None:
     """Waits for the other warpgroup."""
     plgpu.barrier_arrive(self.buffers['all'])
     plgpu.barrier_wait(self.buffers['all'])
 
-  def load_key(self, n: Any) -> None:
-    """Starts to copy the keys of chunk n."""
-    h, b = self.at[:2]
-    plgpu.copy_gmem_to_smem(self.refs['key'].at[n, b, h], self.buffers['key'].at[lax.rem(n, 2)], self.buffers['keys'].at[lax.rem(n, 2)])
+  def load(self, name: str, n: Any) -> None:
+    """Starts to copy the keys or values of chunk n."""
+    (h, b), slot = self.at[:2], lax.rem(n, BUFFERS[name])
+    plgpu.copy_gmem_to_smem(self.refs[name].at[n, b, h], self.buffers[name].at[slot], self.buffers[f'{name}s'].at[slot])
 
-  def load_value(self, n: Any) -> None:
-    """Starts to copy the values of chunk n."""
-    h, b = self.at[:2]
-    plgpu.copy_gmem_to_smem(self.refs['value'].at[n, b, h], self.buffers['value'].at[0], self.buffers['values'])
+  def wait(self, name: str, n: Any) -> None:
+    """Waits for what `load` copies."""
+    plgpu.barrier_wait(self.buffers[f'{name}s'].at[lax.rem(n, BUFFERS[name])])
 
   def stage(self, x: jax.Array, to: Any, name: str, left: int) -> None:
     """Rounds x into a buffer and starts to copy it out, once at most `left` copies may still read theirs."""
@@ -123,7 +116,7 @@ def meet(place: Place, m: Any, t: int, weights: tuple) -> None:
   anchor[...] = (home_up + held(hold, up)).astype(jnp.bfloat16)
   place.own('ad', t)[...] = (home_down + held(hold, down)).astype(jnp.bfloat16)
   plgpu.commit_smem()
-  z = product(place.buffers['key'].at[lax.rem(m, 2)], anchor).astype(jnp.bfloat16).astype(jnp.float32)
+  z = product((place.buffers['key'].at[lax.rem(m, 2)], anchor)).astype(jnp.bfloat16).astype(jnp.float32)
   made = dict(zip(('h', 'slope', 'bend'), silu(z), strict=True))
   homes = {'h': place.own('hh', t), 'slope': place.own('sl', t), 'bend': anchor}
   for name, x in made.items(): homes[name][...] = x.astype(jnp.bfloat16)
@@ -134,15 +127,16 @@ def meet(place: Place, m: Any, t: int, weights: tuple) -> None:
 def judge(place: Place, n: Any, scale: float) -> None:
   """Outputs of chunk n, their errors and the gradients of these, also times what tokens push."""
   (h, b, row), buffers, refs, out = place.at[:3], place.buffers, place.refs, place.out
-  made = products([(buffers['hh'].at[v], buffers['ad'].at[v]) for v in range(TILES * GROUPS)]).astype(jnp.bfloat16)
+  made = product(*((buffers['hh'].at[v], buffers['ad'].at[v]) for v in range(TILES * GROUPS))).astype(jnp.bfloat16)
   place.stage(made, out['out'].at[n, b, h], 'st', 0)
+  # What `pallas_neural_rows.judge` does, which spreads arrays of [T, 1]: Mosaic GPU has none.
   mean = lambda x: jnp.sum(x, axis=1) * (1 / T)
   gain = 1 + lax.broadcast_in_dim(get(refs['init_gain'].at[row, h], COLUMN), (T, T), [1])
   y = made.astype(jnp.float32)
   y = y - by_row(mean(y))
   size = lax.rsqrt(mean(y * y) + EPSILON)
   unit = y * by_row(size)
-  plgpu.barrier_wait(buffers['values'])
+  place.wait('value', n)
   key, value = get(buffers['key'].at[lax.rem(n, 2)]), get(buffers['value'].at[0])
   error = key.astype(y.dtype) + unit * gain - value.astype(y.dtype)
   out['loss'].at[n, b, h][...] = scale * jnp.sum(error * error, axis=1)
@@ -153,7 +147,7 @@ def judge(place: Place, n: Any, scale: float) -> None:
   for p in range(2): buffers['d'].at[1 + p][...] = pushed(place, n, p, d)
   plgpu.commit_smem()
   plgpu.copy_smem_to_gmem(buffers['d'].at[0], out['d'].at[n, b, h])
-  pl.when(n + 1 < place.chunks)(lambda: place.load_value(n + 1))
+  pl.when(n + 1 < place.chunks)(lambda: place.load('value', n + 1))
 
 
 def pushed(place: Place, n: Any, p: int, x: jax.Array) -> jax.Array:
@@ -174,44 +168,44 @@ def update(place: Place, n: Any, t: int, weights: tuple) -> tuple:
   hold = place.refs['hold'].at[n, b][...]
   stay, enter, keep = (place.refs['turn'].at[n, b, h, p, q][...] for p, q in ((0, 0), (0, 1), (1, 1)))
   f, seen_up, seen_down = place.channels(t), out['seen_up'].at[n, b, h], out['seen_down'].at[n, b, h]
-  momentum, slope = held(hold, get(place.state(out, 'up1', t))), get(place.own('sl', t)).astype(jnp.float32)
-  d = product(buffers['d'].at[0], turned(place.own('ad', t))).astype(jnp.bfloat16).astype(jnp.float32)
+  momentum, slope = held(hold, get(place.tile(out, 'up1', t))), get(place.own('sl', t)).astype(jnp.float32)
+  d = product((buffers['d'].at[0], turned(place.own('ad', t)))).astype(jnp.bfloat16).astype(jnp.float32)
   place.stage(d * slope, seen_up.at[pl.ds(2 * T, T), f], 'st', 7)
   up = held(hold, up)
   place.stage(up, seen_up.at[pl.ds(0, T), f], 'sg', 5)
   place.stage(momentum, seen_up.at[pl.ds(T, T), f], 'sh', 5)
-  up = product(turned(buffers['kp'].at[0]), place.own('st'), stay * up + enter * momentum)
-  below = held(hold, get(place.state(out, 'down1', t)))
-  place.state(out, 'up1', t)[...] = product(turned(buffers['kp'].at[1]), place.own('st'), keep * momentum)
+  up = add_product(stay * up + enter * momentum, turned(buffers['kp'].at[0]), place.own('st'))
+  below = held(hold, get(place.tile(out, 'down1', t)))
+  place.tile(out, 'up1', t)[...] = add_product(keep * momentum, turned(buffers['kp'].at[1]), place.own('st'))
   home_up, down = place.home('up', t), held(hold, down)
   place.stage(down, seen_down.at[f, pl.ds(0, T)], 'sg', 1)
   place.stage(below, seen_down.at[f, pl.ds(T, T)], 'sh', 1)
   hidden = turned(place.own('hh', t))
-  down = product(hidden, buffers['d'].at[1], stay * down + enter * below)
-  place.state(out, 'down1', t)[...] = product(hidden, buffers['d'].at[2], keep * below)
+  down = add_product(stay * down + enter * below, hidden, buffers['d'].at[1])
+  place.tile(out, 'down1', t)[...] = add_product(keep * below, hidden, buffers['d'].at[2])
   return up, down, home_up, place.home('down', t)
 
 
 def kernel(place: Place, scale: float) -> None:
-  """All chunks: each is judged at the anchors, written, and the next one met. The last one meets itself again, which nobody reads."""
+  """All chunks: each is judged at the anchors, written, and the next one met. The last one meets a chunk that nobody reads."""
   start, N = place, place.chunks
   first, last = start.at[3] == 0, start.at[3] == GROUPS - 1
-  for load in (start.load_key, start.load_value): pl.when(first)(lambda load=load: load(0))
+  for name in ('key', 'value'): pl.when(first)(lambda name=name: start.load(name, 0))
   weights = []
   for t in range(TILES):
-    weights.append(tuple(get(start.state(start.refs, name, t)) for name in ('up0', 'down0')))
-    for name in ('up1', 'down1'): start.state(start.out, name, t)[...] = get(start.state(start.refs, name, t))
-  plgpu.barrier_wait(start.buffers['keys'].at[0])
+    weights.append(tuple(get(start.tile(start.refs, name, t)) for name in ('up0', 'down0')))
+    for name in ('up1', 'down1'): start.tile(start.out, name, t)[...] = get(start.tile(start.refs, name, t))
+  start.wait('key', 0)
   for t in range(TILES): meet(start, 0, t, (*weights[t], start.home('up', t), start.home('down', t)))
   start.sync()
 
   def body(n, weights):
     place = start.moved(n)
-    pl.when(first & (n + 1 < N))(lambda: place.load_key(n + 1))
+    pl.when(first & (n + 1 < N))(lambda: place.load('key', n + 1))
     pl.when(first)(lambda: judge(place, n, scale))
     pl.when(last)(lambda: push_keys(place, n))
     place.sync()
-    pl.when(n + 1 < N)(lambda: plgpu.barrier_wait(place.buffers['keys'].at[lax.rem(n + 1, 2)]))
+    pl.when(n + 1 < N)(lambda: place.wait('key', n + 1))
     new = []
     for t in range(TILES):
       new.append(update(place, n, t, weights[t]))
@@ -220,7 +214,7 @@ def kernel(place: Place, scale: float) -> None:
     return tuple((up, down) for up, down, *_ in new)
   weights = lax.fori_loop(0, N, body, tuple(weights))
   for t in range(TILES):
-    for name, x in zip(('up0', 'down0'), weights[t], strict=True): start.state(start.out, name, t)[...] = x
+    for name, x in zip(('up0', 'down0'), weights[t], strict=True): start.tile(start.out, name, t)[...] = x
   plgpu.wait_smem_to_gmem(0)
 
 
@@ -230,14 +224,14 @@ def write(start: dict, memory: dict, tokens: dict, *, scale: float) -> dict[str,
   F, rows = start['init_up'].shape[-1], start['init_up'].shape[0]
   if (C, K, F) != (T, T, T * TILES * GROUPS): raise ValueError(f'takes {T} tokens, {T} channels of keys, 256 hidden; not {C}, {K}, {F}')
   shape = lambda dtype, *axes: jax.ShapeDtypeStruct(axes, dtype)
-  # One chunk more than there are: the last one meets a next one.
+  # One chunk more than there are: the last one meets a next one, so that as many copies are under way in every step.
   outs = {name: shape(jnp.bfloat16, N + 1, B, H, C, F) for name in ('h', 'slope', 'bend')}
   outs |= {'seen_up': shape(jnp.bfloat16, N, B, H, 2 * K + C, F), 'seen_down': shape(jnp.bfloat16, N, B, H, F, 2 * K)}
   outs |= {name: shape(jnp.bfloat16, N, B, H, C, K) for name in ('d', 'out')} | {'loss': shape(jnp.float32, N, B, H, C)}
   outs |= {name: shape(jnp.float32, *memory[name].shape) for name in ('up0', 'up1', 'down0', 'down1')}
   tiles = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
   scratch = {name: plgpu.SMEM((count, T, T), jnp.bfloat16, transforms=tiles) for name, count in BUFFERS.items()}
-  scratch |= {'keys': plgpu.Barrier(num_arrivals=1, num_barriers=2), 'values': plgpu.Barrier(num_arrivals=1)}
+  scratch |= {f'{name}s': plgpu.Barrier(num_arrivals=1, num_barriers=BUFFERS[name]) for name in ('key', 'value')}
   scratch['all'] = plgpu.Barrier(num_arrivals=GROUPS)
 
   def body(*refs):
@@ -248,7 +242,6 @@ def write(start: dict, memory: dict, tokens: dict, *, scale: float) -> dict[str,
   run = plgpu.kernel(
       body, out_type=list(outs.values()), scratch_types=list(scratch.values()), grid=(H, B), grid_names=('h', 'b'), num_threads=GROUPS,
       thread_name='w', compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane))
-  last = lambda x: jnp.concatenate([x, x[-1:]])                            # a chunk beyond the last one exists, and is not used
-  given = {**start, **memory, **tokens, 'where': jnp.zeros((N,), jnp.int32)}
-  given['hold'] = last(given['hold'])
+  hold = jnp.concatenate([tokens['hold'], tokens['hold'][-1:]])            # also of the chunk that nobody reads
+  given = {**start, **memory, **tokens, 'hold': hold, 'where': jnp.zeros((N,), jnp.int32)}
   return dict(zip(outs, run(*(given[name] for name in READS)), strict=True))

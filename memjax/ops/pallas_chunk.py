@@ -55,7 +55,7 @@ def dot(x, y, dtype, *, left=1, right=0):
 
 def put(plan, ref, at, x, *, stays=False):
   """ref[at] = x, which the second-level cache keeps while it can (`stays`: the next kernel reads it) or gives up first."""
-  if not plan.is_compiled: ref[at] = x                        # interpretation knows no caches
+  if not plan.is_compiled: ref[at] = x                        # where jax has 64 bits it cannot interpret the other
   else: plgpu.store(ref.at[at], x, eviction_policy='evict_last' if stays else 'evict_first')
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from memjax.ops.pallas_chunk import dot, put, wide
-from memjax.ops.pallas_neural_rows import judge, judge_back, silu
+from memjax.ops.pallas_neural_rows import held, judge, judge_back, silu
 
 
 class Plan(NamedTuple):
@@ -73,9 +73,6 @@ def _rounded(x, dtype, scale):
   return (x.astype(dtype).astype(scale.dtype) * scale).astype(dtype)
 
 
-def _held(hold, tile): return jnp.where(hold > 0, tile, jnp.zeros_like(tile))
-
-
 def _backwards(refs):
   """The chunk at work where `at` counts from the last one."""
   return refs['key'].shape[0] - 1 - refs['at'][0]
@@ -120,9 +117,9 @@ def write_kernel(plan, refs, out, *, writes=True, meets=True):
   def body(at, made):
     tile = Tile(plan, refs, out, at)
     home = tile.up('init_up', slice(None)), tile.down('init_down')
-    levels = [[_held(refs['hold'][n], x) for x in tile.levels(side)] for side in ('up', 'down')]
+    levels = [[held(refs['hold'][n], x) for x in tile.levels(side)] for side in ('up', 'down')]
     if writes: levels = _write(tile, n, given, home=home, levels=levels)
-    if meets: made += _meet(tile, m, given['next'], home=home, levels=[[_held(refs['hold'][m], x[0])] for x in levels])
+    if meets: made += _meet(tile, m, given['next'], home=home, levels=[[held(refs['hold'][m], x[0])] for x in levels])
     return made
   made = _over_tiles(plan, body, jnp.zeros((C, V), wide(plan.dtype)) if meets else ())
   if meets: out['part'][pl.program_id(0)] = made
@@ -162,7 +159,7 @@ def judge_kernel(plan, refs, out):
   if gain is None: return
   out['read'][n] = read
   turn = _turn(plan, refs, n)
-  old = [_held(refs['hold'][n], gain[n, q]) for q in range(Q)]
+  old = [held(refs['hold'][n], gain[n, q]) for q in range(Q)]
   for q in range(Q): gain[n, q] = old[q]
   for p, pushed in enumerate(_push(refs, n, read)): gain[n + 1, p] = _turned(turn, p, old) - jnp.sum(pushed, 0)
 
@@ -170,7 +167,7 @@ def judge_kernel(plan, refs, out):
 def _items(refs, gains, n):
   """What `judge` looks at; a gain that is not fast has no `gains`."""
   gain = refs['init_gain'][...]
-  if gains is not None: gain += _held(refs['hold'][n], gains[n, 0])
+  if gains is not None: gain += held(refs['hold'][n], gains[n, 0])
   return _wide(refs['key'][n]), _wide(refs['value'][n]), refs['weight'][n], gain
 
 
@@ -197,7 +194,7 @@ def _push_back(plan, refs, out, *, place, side):
     if side == 'up': seen, ct = _push_back_up(tile, n, given, levels=levels, sums=sums)
     else: seen, ct = _push_back_down(tile, n, given, levels=levels, sums=sums)
     sums['dturn'] = {(p, q): x + jnp.sum(levels[p] * seen[q], 1) for (p, q), x in sums['dturn'].items()}
-    new = [levels[0], *(_held(refs['flow'][n], _returned(given['turn'], q, levels) + ct[q]) for q in range(1, Q))]
+    new = [levels[0], *(held(refs['flow'][n], _returned(given['turn'], q, levels) + ct[q]) for q in range(1, Q))]
     tile.put(side, new, first=1)
     return sums
   sums = _over_tiles(plan, body, sums)
@@ -267,7 +264,7 @@ def _find_back_up(tile, n, given):
   dz = (tile.up('bent', slice(None)) + dh * tile.up('slope', n, slice(None))).astype(dtype)
   dup = dot(key, dz, dtype, left=0)
   put(tile.plan, out['dup'], (n, slice(None), at), dup.astype(out['dup'].dtype))
-  tile.put('up', [_held(flow, turn * tile.up('up0', slice(None)) + tile.up('ct_seen_up', n, first) + dup)])
+  tile.put('up', [held(flow, turn * tile.up('up0', slice(None)) + tile.up('ct_seen_up', n, first) + dup)])
   return dot(dz, up, dtype, right=1)
 
 
@@ -275,7 +272,7 @@ def _find_back_down(tile, n, given):
   (_, refs, out, at), dtype, (dout, turn, flow, d) = tile, tile.plan.dtype, given
   ddown = dot(refs['h'][n, :, at], dout, dtype, left=0) + dot(refs['raised'][:, at], d, dtype, left=0)
   put(tile.plan, out['ddown'], (n, at, slice(None)), ddown.astype(out['ddown'].dtype))
-  tile.put('down', [_held(flow, turn * tile.down('down0') + tile.down('ct_seen_down', n, columns=_part(dout.shape[1], 0)) + ddown)])
+  tile.put('down', [held(flow, turn * tile.down('down0') + tile.down('ct_seen_down', n, columns=_part(dout.shape[1], 0)) + ddown)])
   return ()
 
 
@@ -295,6 +292,6 @@ def judge_back_kernel(plan, refs, out):
   if not is_fast: return
   for q in range(Q):
     got = _returned(turn, q, new) + refs['ct_gain'][n, q]
-    out['gain'][n, q] = _held(refs['flow'][n], got + dgain if q == 0 else got)
+    out['gain'][n, q] = held(refs['flow'][n], got + dgain if q == 0 else got)
     out['gpush'][n, q] = -jnp.sum(read * new[q][None], 1)
   for at in turn: out['gturn'][n, at[0], at[1]] = jnp.sum(new[at[0]] * old[at[1]])

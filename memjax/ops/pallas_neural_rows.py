@@ -5,6 +5,11 @@ import jax.numpy as jnp
 from memjax.ops.neural_nets import EPSILON
 
 
+def held(hold, tile):
+  """The tile, or zeros where a document starts (hold = 0)."""
+  return jnp.where(hold > 0, tile, jnp.zeros_like(tile))
+
+
 def silu(z):
   """(silu, its first, its second derivative)."""
   s = 1 / (1 + jnp.exp2(z * -1.4426950408889634))             # to base 2: one instruction raises it
