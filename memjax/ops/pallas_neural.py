@@ -88,13 +88,13 @@ AXES = {name: axes for axes, names in AXES.items() for name in names}
 
 
 def _spec(plan, name, shape, programs):
-  """The block of an array on the grid (programs of a head, heads, rows); `programs` share hidden channels, 0: they share out tokens."""
+  """The block of an array on the grid (heads, rows, programs of a head); `programs` share hidden channels, 0: they share out tokens."""
   axes = AXES[name.removeprefix('ct_')]
   size = {'B': None, 'H': None, **({'g': None, 'f': plan.block} if programs else {'c': plan.rows})}
   block = tuple(size.get(axis, whole) for axis, whole in zip(axes, shape, strict=True))
   one_row = 'B' in axes and shape[axes.index('B')] == 1
-  def place(g, h, b):
-    at = {'B': 0 if one_row else b, 'H': h} | ({'g': g // programs, 'f': g // programs} if programs else {'c': g})
+  def place(h, b, g):
+    at = {'B': 0 if one_row else b, 'H': h} | ({'g': g % plan.blocks, 'f': g % plan.blocks} if programs else {'c': g})
     return tuple(at.get(axis, 0) for axis in axes)
   return pl.BlockSpec(block, place)
 
@@ -109,7 +109,7 @@ def _call(call, static, arrays):
   inputs = sorted({*each(call.arrays.reads), *rewrites})
   shapes = {n: jax.ShapeDtypeStruct(arrays[n].shape, arrays[n].dtype) for n in rewrites}
   spec = lambda n: _spec(plan, n, arrays[n].shape, call.programs)
-  grid = (call.programs * plan.blocks or arrays['key'].shape[3] // plan.rows, *arrays['turn'].shape[2:0:-1])
+  grid = (*arrays['turn'].shape[2:0:-1], call.programs * plan.blocks or arrays['key'].shape[3] // plan.rows)
   return pl.pallas_call(
       functools.partial(getattr(kernels, call.kernel), plan, **dict(call.does)), out_shape=shapes, grid=grid,
       in_specs=[{n: spec(n) for n in inputs}], out_specs={n: spec(n) for n in shapes}, name=call.kernel,

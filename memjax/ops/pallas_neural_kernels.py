@@ -122,7 +122,7 @@ def write_kernel(plan, refs, out, *, writes=True, meets=True):
     if meets: made += _meet(tile, m, given['next'], home=home, levels=[[held(refs['hold'][m], x[0])] for x in levels])
     return made
   made = _over_tiles(plan, body, jnp.zeros((C, V), wide(plan.dtype)) if meets else ())
-  if meets: out['part'][pl.program_id(0)] = made
+  if meets: out['part'][pl.program_id(2)] = made
 
 
 def _meet(tile, n, key, *, home, levels):
@@ -172,12 +172,13 @@ def _items(refs, gains, n):
 
 
 def push_back_kernel(plan, refs, out):
-  """Cotangents through what the chunk wrote: of the factors, of the momenta before it, of the coefficients. Programs of even number
-  do w_0, and from its factor d the step back to the error; the others w_1."""
-  n, g = _backwards(refs), pl.program_id(0)
-  @pl.when(g % 2 == 0)
+  """Cotangents through what the chunk wrote: of the factors, of the momenta before it, of the coefficients. The first half of all
+  programs does w_0, and from its factor d the step back to the error; the other half w_1, which is less work: a card hands out
+  programs in turn, so that every multiprocessor gets one of each."""
+  n, g = _backwards(refs), pl.program_id(2)
+  @pl.when(g < plan.blocks)
   def _(): _push_back(plan, refs, out, place=(n, g), side='up')
-  @pl.when(g % 2 == 1)
+  @pl.when(g >= plan.blocks)
   def _(): _push_back(plan, refs, out, place=(n, g), side='down')
 
 
@@ -240,16 +241,16 @@ def _push_back_down(tile, n, given, *, levels, sums):
 
 
 def find_back_kernel(plan, refs, out):
-  """Cotangents through how the chunk's gradients were found: of keys, of the learned start and of the weights before the chunk. Programs
-  of even number do w_0, the others w_1."""
-  n, g = _backwards(refs), pl.program_id(0)
+  """Cotangents through how the chunk's gradients were found: of keys, of the learned start and of the weights before the chunk. The
+  first half of all programs does w_0, the other w_1."""
+  n, g = _backwards(refs), pl.program_id(2)
   given = refs['dout'][...], refs['turn'][n, 0, 0], refs['flow'][n]
-  @pl.when(g % 2 == 0)
+  @pl.when(g < plan.blocks)
   def _():
     key = refs['key'][n]
     body = lambda at, dkey: dkey + _find_back_up(Tile(plan, refs, out, at), n, (*given, key))
     out['dkey_find'][n] = _over_tiles(plan, body, jnp.zeros(key.shape, wide(plan.dtype))).astype(out['dkey_find'].dtype)
-  @pl.when(g % 2 == 1)
+  @pl.when(g >= plan.blocks)
   def _():
     d = refs['d'][n]
     _over_tiles(plan, lambda at, nothing: _find_back_down(Tile(plan, refs, out, at), n, (*given, d)), ())
@@ -288,7 +289,7 @@ def judge_back_kernel(plan, refs, out):
   read, dout, derror, dweight, dgain = judge_back(plan.scale, _wide(refs['out'][n]), items, cotangents=(dd, dread, refs['ct_loss'][n]))
   out['dout'][...] = dout.astype(plan.dtype)
   for name, x in (('dkey', derror), ('dvalue', -derror), ('dweight', dweight)): out[name][n] = x.astype(out[name].dtype)
-  out['dgain'][n, pl.program_id(0)] = dgain
+  out['dgain'][n, pl.program_id(2)] = dgain
   if not is_fast: return
   for q in range(Q):
     got = _returned(turn, q, new) + refs['ct_gain'][n, q]
