@@ -177,6 +177,7 @@ def _write_backward(static, saved, cotangents):
            'ddown': empty(plan.dtype, F, V)}
   dseen['loss'] = jax.lax.optimization_barrier(dseen['loss'])          # often zeros, which XLA would make anew in every step of the loop
   fixed = {**tokens, **start, **kept, **{f'ct_{name}': x for name, x in dseen.items()}}
+  fixed |= {name: start[name].astype(plan.dtype) for name in ('init_up', 'init_down')}       # half the loads; anchors are rounded anyway
   if 'gain' in dmemory:
     fixed['old_gain'] = fixed.pop('gain')
     carry |= {**_gain_stack(N, dmemory, N), 'gpush': empty(high, Q, C), 'gturn': zeros(Q, Q)}
