@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from memjax.ops.pallas_chunk import dot, put, wide
+from memjax.ops.pallas_chunk import dot, early, put, wide
 from memjax.ops.pallas_neural_rows import held, judge, judge_back, silu
 
 
@@ -219,7 +219,7 @@ def _push_back_up(tile, n, given, *, levels, sums):
   raised = (dd * tile.up('slope', n, slice(None))).astype(dtype)
   sums['part'] += dot(raised, anchor, dtype)
   out['raised'][:, at] = raised
-  out['bent'][:, at] = _rounded(dot(given['d'], anchor, dtype, right=1), dtype, dd * tile.up('bend', n, slice(None)))
+  out['bent'][:, at] = _rounded(dot(given['d'], anchor, dtype, right=1), dtype, dd * early(refs['bend'][n, :, at], dtype))
   sums['dpush'] = tuple(dpush)
   return [tile.up('seen_up', n, _part(K, q)) for q in range(Q)], [tile.up('ct_seen_up', n, _part(K, q)) if q else None for q in range(Q)]
 
@@ -227,7 +227,7 @@ def _push_back_up(tile, n, given, *, levels, sums):
 def _push_back_down(tile, n, given, *, levels, sums):
   (plan, refs, out, at), dtype, d, push = tile, tile.plan.dtype, given['d'], given['push']
   h, dpush, V, Q = refs['h'][n, :, at], list(sums['dpush']), d.shape[1], plan.levels
-  dh = tile.up('ct_h', n, slice(None))
+  dh = early(refs['ct_h'][n, :, at], dtype)
   for p in range(Q):
     dh -= dot(given['pull'][p], levels[p], dtype, right=1)
     across = dot(h, levels[p], dtype)
@@ -257,11 +257,11 @@ def find_back_kernel(plan, refs, out):
 
 
 def _find_back_up(tile, n, given):
-  out, at, dtype, (dout, turn, flow, key) = tile.out, tile.at, tile.plan.dtype, given
+  (_, refs, out, at), dtype, (dout, turn, flow, key) = tile, tile.plan.dtype, given
   first = _part(key.shape[1], 0)
   down = (tile.down('init_down') + tile.down('seen_down', n, columns=_part(dout.shape[1], 0))).astype(dtype)
   up = (tile.up('init_up', slice(None)) + tile.up('seen_up', n, first)).astype(dtype)
-  dh = tile.up('dh', slice(None)) + dot(dout, down, dtype, right=1)
+  dh = early(refs['dh'][:, at], dtype) + dot(dout, down, dtype, right=1)
   dz = (tile.up('bent', slice(None)) + dh * tile.up('slope', n, slice(None))).astype(dtype)
   dup = dot(key, dz, dtype, left=0)
   put(tile.plan, out['dup'], (n, slice(None), at), dup.astype(out['dup'].dtype))
