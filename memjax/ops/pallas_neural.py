@@ -32,7 +32,7 @@ class Launch(NamedTuple):
   judge_kernel: Shape = Shape()
   push_back_kernel: Shape = Shape(block=256, stages=3)
   judge_back_kernel: Shape = Shape()
-  find_back_kernel: Shape = Shape(tile=64)
+  find_back_kernel: Shape = Shape(block=256, tile=64)
   rows: int = 16
 
   def plan(self, plan, kernel, hidden):
