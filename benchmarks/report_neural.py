@@ -25,7 +25,8 @@ def neural(result: dict[str, Any], table, cell) -> list[str]:
   text = f'{result["tokens"]:,} tokens, width {result["width"]}, {result["heads"]} heads.'
   return [text, *table(result['rows'], {
       'row': 'row', 'mode': 'mode', 'computes': 'computes', 'chunk': 'chunk', 'tokens a row': 'length', 'dtype': 'dtype',
-      'layers': lambda r: r.get('depth'), 'pass': 'pass', 'ms': 'ms', 'fastest ms': 'min_ms', 'peak GiB': lambda r: cell(r['peak_gib']),
+      'layers': lambda r: r.get('depth'), 'pass': 'pass', 'ms': 'ms', 'fastest ms': 'min_ms',
+      'calls in a row, ms': 'in_a_row_ms', 'peak GiB': lambda r: cell(r['peak_gib']),
       'compile s': 'compile_s'})]
 
 
