@@ -120,11 +120,9 @@ class NeuralProjections(nn.Module):
 
   def __call__(self, x_BxLxD: jax.Array, position_BxL: jax.Array, stored_BxLxD: jax.Array | None = None) -> NeuralInputs:
     """The big matmuls, all tokens at once; gates in float32. `stored_BxLxD`: what is written, if not x (see `stored`)."""
-    streams, own, other = [], x_BxLxD, x_BxLxD if stored_BxLxD is None else stored_BxLxD
-    for name, linear in self.linear.items():
-      own, other = jax.lax.optimization_barrier((own, other))          # else XLA makes one product of some of these, and copies its parts
-      streams.append(linear(own if name == 'query' else other))
-    return NeuralInputs(tuple(streams), self.gates(other), position_BxL if self.config.proj.rope else None)
+    *of, other = apart(x_BxLxD, x_BxLxD if stored_BxLxD is None else stored_BxLxD)
+    streams = tuple(linear(x) for linear, x in zip(self.linear.values(), of, strict=True))
+    return NeuralInputs(streams, self.gates(other), position_BxL if self.config.proj.rope else None)
 
   def stored(self, x_BxLxD: jax.Array, stream_BxLxD: jax.Array | None) -> jax.Array:
     """What keys, values and gates are made of; a memory alone, outside of a layer, has no stream but x."""
@@ -226,6 +224,19 @@ class NeuralProjections(nn.Module):
     for (name, x, own, before), width in zip(each, (K, K, V), strict=True):
       y = stream(x, own, before, segment_BxL, chunk=self.config.chunk, width=width, has_norm=name != 'v')
       yield jnp.moveaxis(y, (0, 2), (1, 3)).reshape(B, L, -1, width)
+
+
+@jax.custom_vjp
+def apart(own: jax.Array, other: jax.Array) -> tuple[jax.Array, ...]:
+  """(own, other, other, other) to multiply: else XLA makes one product of some, and copies its parts. Cotangents are added all at once."""
+  given = []
+  for _ in 'qkv':
+    own, other = jax.lax.optimization_barrier((own, other))
+    given.append(other if given else own)
+  return *given, other
+
+
+apart.defvjp(lambda own, other: (apart(own, other), None), lambda _, g: (g[0], functools.reduce(jnp.add, g[1:])))
 
 
 def row_major(x: jax.Array) -> jax.Array:

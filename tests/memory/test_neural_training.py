@@ -11,6 +11,7 @@ from flax import linen as nn
 from memjax.config.neural import NeuralConfig, NeuralLocalsConfig, NeuralNetConfig, NeuralRuleConfig
 from memjax.config.schema import GroupConfig, OptimizerConfig
 from memjax.layers.tree import named
+from memjax.memory.neural_inputs import apart
 from memjax.memory.registry import make_memory
 from memjax.runtime import optim
 
@@ -43,3 +44,14 @@ def test_a_start_that_is_not_learned_does_not_decay(mode):
 def test_the_first_loss_is_that_of_knowing_nothing(name):
   """Shipped configs, over bytes: within 2 % of ln 256."""
   assert json.loads((GOLDEN / f'{name}.json').read_text())['loss'][0] == pytest.approx(np.log(256), rel=.02)
+
+
+@pytest.mark.parametrize('same', [True, False], ids=['one input', 'two'])
+def test_what_is_multiplied_apart_shares_its_gradient(same):
+  """Queries take the input, all else what is stored; each product counts once, whether the two are one array or not."""
+  x, y, *weights = np.random.default_rng(0).normal(size=(6, 3, 5))
+  def loss(x, y, form): return sum(jnp.vdot(w, jnp.sin(a)) for w, a in zip(weights, form(x, x if same else y), strict=True))
+  with jax.enable_x64():
+    want, got = (jax.grad(loss, (0, 1))(x, y, form) for form in (lambda own, other: (own, other, other, other), apart))
+  for a, b in zip(got, want, strict=True): np.testing.assert_allclose(a, b, rtol=1e-12)
+  assert np.any(want[0]) and np.any(want[1]) != same
