@@ -21,6 +21,7 @@ from memjax.ops.neural_layout import Layout, lay_out, rearrange
 from memjax.ops.neural_reads import find_factors
 from memjax.ops.neural_scan import Chunk, Told, scan_chunks
 from memjax.ops.neural_steps import Coefficients, Gates, coefficients, for_pairs
+from memjax.ops.pallas_chunk import KEPT
 
 
 class Neural(NeuralStep):
@@ -98,7 +99,9 @@ class Neural(NeuralStep):
       halo = self._halo(state, rows, jnp.swapaxes(layout.fresh, 0, 1)) if before else None
       gates, tokens = jax.lax.optimization_barrier(self.tokens(rows, halo))      # else small transposes are fused with large sums
       return slots, halo, tokens, self.plan(gates), jnp.swapaxes(rows.query, 2, 3), tail
-    slots, halo, tokens, found, query, tail = jax.checkpoint(prepare)(state, inputs, old.tail)      # elementwise, cheap to do again
+    kept = jax.checkpoint_policies.save_only_these_names(KEPT)
+    prepare = jax.checkpoint(prepare, policy=kept)                                                   # elementwise, cheap to do again
+    slots, halo, tokens, found, query, tail = prepare(state, inputs, old.tail)
     chunks = Chunk(query, tokens, found, jnp.swapaxes(layout.full, 0, 1), jnp.swapaxes(layout.fresh, 0, 1))
     memory, (y, told) = self.scan_all(start, state, chunks, layout)
     slots = self.decided(slots, told)

@@ -13,6 +13,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 
+KEPT = 'kept for a gradient by kernels'          # the name of what jax.checkpoint should not compute again
+
+
 class Plan(NamedTuple):
   """What is fixed while tracing. A program takes `chunks` chunks of `chunk` tokens; `keep` is '', head or slot."""
   chunk: int

@@ -10,8 +10,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
+
+from memjax.ops.pallas_chunk import KEPT
 
 
 class Plan(NamedTuple):
@@ -28,71 +31,71 @@ def _step(plan, refs, t):
           [refs['steps'][len(plan.turns) + q, t] for q in range(plan.levels)])
 
 
-def _times(plan, turn, rows, *, transposed=False):
-  """turn . rows, or its transpose; rows by level."""
-  out = [None] * plan.levels
+def _times(turn, rows, *, transposed=False):
+  """turn . rows, or its transpose, as far as there are rows: {level: (what of each token was pushed [C], its turn by column)}."""
+  out = {}
   for (row, column), x in turn.items():
     into, of = (column, row) if transposed else (row, column)
-    made = x * rows[of]
-    out[into] = made if out[into] is None else out[into] + made
-  return [jnp.zeros_like(rows[0]) if x is None else x for x in out]
+    if into not in rows: continue
+    made = jax.tree.map(lambda a, x=x: x * a, rows[of])
+    out[into] = jax.tree.map(jnp.add, out[into], made) if into in out else made
+  return {level: out.get(level, jax.tree.map(jnp.zeros_like, row)) for level, row in rows.items()}
 
 
-def _start(plan, C):
-  """X before the first token: (pushes, turns by column)."""
+def _start(plan, C, first=0):
+  """X before the first token, from level `first` on."""
   one = lambda value: jnp.full((), value, plan.dtype)
-  return [jnp.zeros((C,), plan.dtype)] * plan.levels, [[one(float(p == q)) for p in range(plan.levels)] for q in range(plan.levels)]
+  return {p: (jnp.zeros((C,), plan.dtype), [one(float(p == q)) for q in range(plan.levels)]) for p in range(first, plan.levels)}
 
 
-def _forward(plan, refs, tell):
-  """X after the last token; `tell(t, pushes, turns)` after each."""
+def _forward(plan, refs, tell, first=0):
+  """X after the last token, from level `first` on: weights, level 0, move no momentum; `tell(t, X)` after each."""
   C = refs['steps'].shape[1]
   lanes = jax.lax.broadcasted_iota(jnp.int32, (C,), 0)
-  def body(t, carry):
-    (pushes, turns), (turn, push) = carry, _step(plan, refs, t)
-    pushes = [x + jnp.where(lanes == t, push[q], 0) for q, x in enumerate(_times(plan, turn, pushes))]
-    turns = [_times(plan, turn, column) for column in turns]
-    tell(t, pushes, turns)
-    return pushes, turns
-  return jax.lax.fori_loop(0, C, body, _start(plan, C))
+  def body(t, rows):
+    turn, push = _step(plan, refs, t)
+    rows = {p: (x + jnp.where(lanes == t, push[p], 0), turns) for p, (x, turns) in _times(turn, rows).items()}
+    tell(t, rows)
+    return rows
+  return jax.lax.fori_loop(0, C, body, _start(plan, C, first))
 
 
 def unroll_kernel(plan, refs, out):
   """weigh [C, C], reach [Q, C], turn [Q, Q], push [Q, C] of a chunk."""
-  def tell(t, pushes, turns):
-    out['weigh'][t] = pushes[0]
-    for q, column in enumerate(turns): out['reach'][q, t] = column[0]
-  pushes, turns = _forward(plan, refs, tell)
-  for p, x in enumerate(pushes): out['push'][p] = x
-  for q, column in enumerate(turns):
-    for p, x in enumerate(column): out['turn'][p, q] = x
+  def tell(t, rows):
+    out['weigh'][t] = rows[0][0]
+    for q, x in enumerate(rows[0][1]): out['reach'][q, t] = x
+  for p, (pushes, turns) in _forward(plan, refs, tell).items():
+    out['push'][p] = pushes
+    for q, x in enumerate(turns): out['turn'][p, q] = x
 
 
 def unroll_back_kernel(plan, refs, out):
-  """The cotangents of the steps; `pushes` and `turns` hold X after each token."""
+  """The cotangents of the steps. X after each token: `weigh` and `reach` are its row 0, `pushes` and `turns` hold the others."""
   C, Q = refs['steps'].shape[1], plan.levels
   lanes = jax.lax.broadcasted_iota(jnp.int32, (C,), 0)
-  def tell(t, pushes, turns):
-    for p in range(Q): out['pushes'][t, p] = pushes[p]
-    for p in range(Q):
-      for q in range(Q): out['turns'][t, p, q] = turns[q][p]
-  _forward(plan, refs, tell)
-  if plan.is_compiled: plgpu.debug_barrier()
-  none, unit = _start(plan, C)
-  def body(number, carry):
-    t, (dpushes, dturns) = C - 1 - number, carry
-    turn, _ = _step(plan, refs, t)
-    dpushes = [x + refs['weigh'][t] if p == 0 else x for p, x in enumerate(dpushes)]
-    dturns = [[x + refs['reach'][q, t] if p == 0 else x for p, x in enumerate(column)] for q, column in enumerate(dturns)]
-    before, is_first = jnp.maximum(t - 1, 0), t == 0
-    old = [jnp.where(is_first, none[q], out['pushes'][before, q]) for q in range(Q)]
-    held = [[jnp.where(is_first, unit[q][p], out['turns'][before, p, q]) for p in range(Q)] for q in range(Q)]
+  def tell(t, rows):
+    for p, (pushes, turns) in rows.items():
+      out['pushes'][t, p - 1] = pushes
+      for q, x in enumerate(turns): out['turns'][t, p - 1, q] = x
+  if Q > 1:
+    _forward(plan, refs, tell, first=1)
+    if plan.is_compiled: plgpu.debug_barrier()
+  def held(t):
+    later = {p: (out['pushes'][t, p - 1], [out['turns'][t, p - 1, q] for q in range(Q)]) for p in range(1, Q)}
+    return {0: (refs['weigh'][t], [refs['reach'][q, t] for q in range(Q)]), **later}
+  def step(t, carry, old):
+    (rows, dpush), turn = carry, _step(plan, refs, t)[0]
+    (pushed, reach), later = rows[0], {p: rows[p] for p in range(1, Q)}
+    rows = {0: (pushed + refs['dweigh'][t], [x + refs['dreach'][q, t] for q, x in enumerate(reach)]), **later}
     for n, (p, r) in enumerate(plan.turns):
-      out['dsteps'][n, t] = jnp.sum(dpushes[p] * old[r]) + sum(dturns[q][p] * held[q][r] for q in range(Q))
-    for p in range(Q): out['dsteps'][len(plan.turns) + p, t] = jnp.sum(jnp.where(lanes == t, dpushes[p], 0))
-    return _times(plan, turn, dpushes, transposed=True), [_times(plan, turn, column, transposed=True) for column in dturns]
-  last = [refs['push'][p] for p in range(Q)], [[refs['turn'][p, q] for p in range(Q)] for q in range(Q)]
-  jax.lax.fori_loop(0, C, body, last)
+      out['dsteps'][n, t] = jnp.sum(rows[p][0] * old[r][0]) + sum(x * y for x, y in zip(rows[p][1], old[r][1], strict=True))
+    dpush = [jnp.where(lanes == t, rows[p][0], x) for p, x in enumerate(dpush)]
+    return _times(turn, rows, transposed=True), dpush
+  last = {p: (refs['dpush'][p], [refs['dturn'][p, q] for q in range(Q)]) for p in range(Q)}
+  carry = last, [jnp.zeros((C,), plan.dtype)] * Q
+  carry = jax.lax.fori_loop(0, C - 1, lambda number, carry: step(C - 1 - number, carry, held(C - 2 - number)), carry)
+  for p, x in enumerate(step(0, carry, _start(plan, C))[1]): out['dsteps'][len(plan.turns) + p] = x
 
 
 def _call(kernel, plan, arrays, outputs):
@@ -111,14 +114,21 @@ def _unroll(plan, steps):
   return _call(unroll_kernel, plan, {'steps': steps}, {name: jax.ShapeDtypeStruct((N, *x), plan.dtype) for name, x in shapes.items()})
 
 
-def _unroll_back(plan, steps, cotangents):
-  (N, E, C), Q = steps.shape, plan.levels
-  shapes = {'dsteps': (E, C), 'pushes': (C, Q, C), 'turns': (C, Q, Q)}
+def _unroll_forward(plan, steps):
+  made = _unroll(plan, steps)
+  return made, (steps, checkpoint_name({name: made[name] for name in ('weigh', 'reach')}, KEPT))
+
+
+def _unroll_back(plan, saved, cotangents):
+  (steps, kept), Q = saved, plan.levels
+  N, E, C = steps.shape
+  shapes = {'dsteps': (E, C)} | ({'pushes': (C, Q - 1, C), 'turns': (C, Q - 1, Q)} if Q > 1 else {})
   shapes = {name: jax.ShapeDtypeStruct((N, *x), plan.dtype) for name, x in shapes.items()}
-  return (_call(unroll_back_kernel, plan, {**cotangents, 'steps': steps}, shapes)['dsteps'],)
+  given = {'steps': steps, **kept, **{f'd{name}': x for name, x in cotangents.items()}}
+  return (_call(unroll_back_kernel, plan, given, shapes)['dsteps'],)
 
 
-_unroll.defvjp(lambda plan, steps: (_unroll(plan, steps), steps), _unroll_back)
+_unroll.defvjp(_unroll_forward, _unroll_back)
 
 
 def unroll_fused(turn: dict, push: list) -> dict:
