@@ -13,7 +13,7 @@ from tests.ops.oracle import relative
 
 def run(dtype, *, has_norm, starts, compiled=quick):
   """[(y, gradients of x, taps and the tail) by XLA, by the kernels]."""
-  rng, (B, L, H, K, W, C) = np.random.default_rng(0), (2, 128, 1, 16, 4, 64)
+  rng, (B, L, H, K, W, C) = np.random.default_rng(0), (2, 128, 1, 64, 4, 64)
   draw = lambda *shape: rng.normal(size=shape).astype(dtype)
   reset_BxL = np.zeros((B, L), bool)
   for row, at in enumerate(starts): reset_BxL[row, at] = True
