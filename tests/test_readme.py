@@ -189,9 +189,7 @@ def test_numbers_of_the_readme_are_those_measured():
 
 def test_training_and_batches_of_the_readme_are_those_measured():
   read = lambda name: measured(f'{name}-h200')['rows']
-  heads = [], ['model.mixers.learns.heads=4']
-  shipped = [row for name in ('hybrid-32k', 'hybrid-candidates') for row in read(name) if row['overrides'] in heads]
-  speed = {(row['model'], row['length']): row for row in shipped}
+  speed = {(row['model'], row['length']): row for row in read('hybrid')}
   rate = {row['row']: row['tokens_per_second'] for row in read('decode-batch64')}
   fast, near = (speed['hybrid', length]['tokens_per_second'] for length in (32_768, 4096))
   times = [own / speed['attention', length]['tokens_per_second'] for own, length in ((fast, 32_768), (near, 4096))]
@@ -199,6 +197,15 @@ def test_training_and_batches_of_the_readme_are_those_measured():
   mfu = f'{speed["hybrid", 4096]["mfu"]:.3f}'.removeprefix('0')
   wanted = (f'{round(fast, -3):,.0f} tokens/s', f'{times[0]:.2f}x an attention transformer',
             f'decodes {rate["holographic"] / peer:.0f}x as fast', f'{round(near, -3):,.0f} ({times[1]:.2f}x, MFU {mfu})')
+  assert not [text for text in wanted if text not in ' '.join(README.split())]
+
+
+def test_times_of_a_neural_layer_in_the_readme_are_those_measured():
+  peer = next(row for row in measured('neural_memory-h200')['rows'] if row['mode'] == 'refreshed')
+  named = ('mode', 'chunk', 'length', 'dtype', 'depth')
+  rows = {tuple(row[name] for name in named): row for row in measured('neural_memory-fused-h200')['rows']}
+  row = rows['token', 64, 2048, 'bfloat16', 2]
+  wanted = (f'takes {row["in_a_row_ms"]:.1f} ms forward and backward', f'{row["ms"]:.1f} where the host', f'took {peer["ms"]:.0f} ms')
   assert not [text for text in wanted if text not in ' '.join(README.split())]
 
 
