@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 RESULTS = pathlib.Path(__file__).parent / 'results'
@@ -82,6 +83,12 @@ def repeated(case: Case, calls: int = 8) -> float:
   bits = lambda: [x.tobytes() for x in jax.device_get(jax.tree.leaves(case.call(*case.arguments)))]
   first = bits()
   return sum(bits() == first for _ in range(calls)) / calls
+
+
+def differences(found: dict[str, jax.Array], wanted: dict[str, jax.Array]) -> dict[str, float]:
+  """Root mean square difference of each array, as a share of its size."""
+  norm = lambda x: jnp.linalg.norm(x.astype(jnp.float32).ravel())
+  return {name: float(norm(found[name].astype(jnp.float32) - x.astype(jnp.float32)) / norm(x)) for name, x in wanted.items()}
 
 
 def _git(*command: str) -> str:

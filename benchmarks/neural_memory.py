@@ -12,7 +12,9 @@ functions, and each row says which:
 `ms` waits for the device after every call; `in_a_row_ms` after several, which hides their dispatch, as the other benchmarks of kernels do.
 
   python -m benchmarks.neural_memory [--small]
+  python -m benchmarks.neural_memory --compare 64 128        how far kernels are from XLA, too
 """
+import dataclasses
 import time
 from typing import Any
 
@@ -79,6 +81,20 @@ def jax_rows(a: Any) -> list[dict[str, Any]]:
   return [{**row, 'computes': FUNCTIONS[row['mode']], 'peak_gib': row['temporary_mib'] / 1024} for row in rows]
 
 
+def against_xla(a: Any, chunk: int) -> dict[str, float]:
+  """How far the kernels are from XLA, both with the row's products: the output and its gradients, as `common.differences`."""
+  found, length, dtype = [], min(2048, a.tokens // 2), jnp.float32 if a.small else jnp.bfloat16
+  for backend in ('pallas' if a.small else 'auto', 'xla'):
+    config = config_of('token', chunk, a.heads)
+    config = dataclasses.replace(config, exec=dataclasses.replace(config.exec, backend=backend))
+    jobs = job(config, a.tokens // length, length, a.width, dtype)
+    y, (params, x) = (jax.jit(function)(*arguments) for function, arguments in jobs.values())
+    named = {jax.tree_util.keystr(path, simple=True, separator='.'): g for path, g in jax.tree_util.tree_leaves_with_path(params)}
+    found.append({'output': y, 'input': x, **named})
+  print(f'compared at chunks of {chunk}', flush=True)
+  return common.differences(*found)
+
+
 def torch_rows(a: Any) -> list[dict[str, Any]]:
   """Times of titans-pytorch in float32 on the same card, as its users run it; none where it is not installed or there is no GPU."""
   try:
@@ -136,6 +152,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
   make.add_argument('--forward', action='store_true', help='times the forward pass alone, too')
   make.add_argument('--cases', type=case, nargs='*', default=None,
                     help='such as token:64:2048:bfloat16, mode:chunk:tokens of a row:dtype[:layers]')
+  make.add_argument('--compare', type=int, nargs='*', default=[], help='chunks at which kernels are compared with XLA')
   a = make.parse_args(argv)
   a.tokens, a.width, a.heads, a.torch_length = (2048, 128, 2, 512) if a.small else (16_384, 1024, 16, 2048)
   if a.cases is None:
@@ -144,6 +161,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
   peers = torch_rows(a)
   rows = [*jax_rows(a), *peers]
   result = {'tokens': a.tokens, 'width': a.width, 'heads': a.heads, 'rows': rows, 'targets': targets(rows)}
+  if a.compare: result['differences'] = {str(chunk): against_xla(a, chunk) for chunk in a.compare}
   common.save('neural_memory', a.output, result, commit=a.commit)
   common.show(f'One layer, {a.tokens:,} tokens, width {a.width}, {a.heads} heads', rows,
               ('row', 'mode', 'chunk', 'length', 'dtype', 'depth', 'pass', 'ms', 'min_ms', 'in_a_row_ms', 'peak_gib', 'compile_s'))

@@ -46,12 +46,6 @@ def by_one(start: dict, memory: dict, tokens: dict) -> dict[str, jax.Array]:
   return persistent_kernel.write(start, memory, tokens, scale=SCALE)
 
 
-def differences(found: dict, wanted: dict) -> dict[str, float]:
-  """Root mean square difference of each array, as a share of its size."""
-  norm = lambda x: jnp.linalg.norm(x.astype(jnp.float32).ravel())
-  return {name: float(norm(found[name][:len(x)].astype(jnp.float32) - x) / norm(x)) for name, x in wanted.items()}
-
-
 def main(argv: list[str] | None = None) -> dict[str, Any]:
   """Runs, prints and saves; returns the result."""
   make = common.parser('persistent', __doc__)
@@ -66,7 +60,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
   result = {'sizes': dict(zip(('chunks', 'rows', 'heads'), sizes, strict=True)), 'rows': rows}
   if 'one kernel' in cases:
     found, wanted = (cases[name].call(*given) for name in ('one kernel', 'kernels of the library'))
-    result['differences'] = differences(found, wanted)
+    result['differences'] = common.differences({name: found[name][:len(x)] for name, x in wanted.items()}, wanted)
     print('differences', {name: f'{x:.1e}' for name, x in result['differences'].items()}, flush=True)
   common.save('persistent', a.output, result, commit=a.commit)
   title = 'Writes of {chunks} chunks, {rows} rows, {heads} heads, forward'.format(**result['sizes'])

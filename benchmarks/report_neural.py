@@ -22,12 +22,15 @@ KINDS = ('passkey', 'number', 'word')
 
 def neural(result: dict[str, Any], table, cell) -> list[str]:
   """A row each mode and chunk."""
-  text = f'{result["tokens"]:,} tokens, width {result["width"]}, {result["heads"]} heads.'
+  text, apart = f'{result["tokens"]:,} tokens, width {result["width"]}, {result["heads"]} heads.', result.get('differences', {})
+  names = [{'name': name, **{chunk: found[name] for chunk, found in apart.items()}} for name in next(iter(apart.values()), ())]
+  shares = {f'chunks of {chunk}': lambda r, chunk=chunk: f'{100 * r[chunk]:.2f} %' for chunk in apart}
+  compared = ['The kernels against XLA: root mean square difference of the output, and of the gradients of the input and of parameters, as '
+              'a share of their size.', *table(names, {'': 'name', **shares})] if apart else []
   return [text, *table(result['rows'], {
       'row': 'row', 'mode': 'mode', 'computes': 'computes', 'chunk': 'chunk', 'tokens a row': 'length', 'dtype': 'dtype',
-      'layers': lambda r: r.get('depth'), 'pass': 'pass', 'ms': 'ms', 'fastest ms': 'min_ms',
-      'calls in a row, ms': 'in_a_row_ms', 'peak GiB': lambda r: cell(r['peak_gib']),
-      'compile s': 'compile_s'})]
+      'layers': lambda r: r.get('depth'), 'pass': 'pass', 'ms': 'ms', 'fastest ms': 'min_ms', 'calls in a row, ms': 'in_a_row_ms',
+      'peak GiB': lambda r: cell(r['peak_gib']), 'compile s': 'compile_s'}), *compared]
 
 
 def needle(result: dict[str, Any], table) -> list[str]:

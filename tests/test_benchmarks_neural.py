@@ -1,4 +1,5 @@
 """The benchmarks of memories that learn at test time: tasks that are what they say, models of equal size, toy runs to the end."""
+import argparse
 import functools
 import os
 import time
@@ -14,11 +15,13 @@ from benchmarks import (
   language_models,
   longstream,
   needle,
+  neural_memory,
   neural_models,
   persistent,
   persistent_kernel,
   recall_rows,
   report,
+  report_neural,
 )
 from memjax.models.decoder import build_decoder, init_params
 from memjax.runtime.test_time import held, learners
@@ -205,3 +208,15 @@ def test_writes_by_one_kernel(tmp_path):
   assert [row['row'] for row in saved['rows']] == ['kernels of the library'] and 'differences' not in saved
   text = report.page({'persistent-cpu': saved | {'differences': {'h': 0.001}}})
   assert '### Writes by one kernel: cpu' in text and '1.0e-03' in text
+
+
+def test_kernels_of_a_neural_layer_are_compared_with_xla():
+  """Output and gradients of all there is, here in float32: next to nothing apart; the page shows each."""
+  a = argparse.Namespace(tokens=64, width=16, heads=1, small=True)
+  found = neural_memory.against_xla(a, 16)
+  assert {'output', 'input', 'out.kernel', 'projections.taps', 'start_w_0'} <= found.keys()
+  assert max(found.values()) < 1e-4 and any(found.values())
+  rows = [{'row': 'memjax', 'mode': 'token', 'chunk': 16, 'peak_gib': 1.0}]
+  result = {'tokens': 64, 'width': 16, 'heads': 1, 'rows': rows, 'differences': {'16': found}}
+  text = '\n'.join(report_neural.neural(result, report.table, report.cell))
+  assert all(f'| {name} |' in text for name in found) and 'chunks of 16' in text
