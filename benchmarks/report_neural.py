@@ -134,6 +134,13 @@ def fused_h200(result, results):
           'nothing is recomputed. Networks of four layers have no kernels.')
 
 
+def compare_h200(result, _):
+  """A second run of two rows, with the comparison."""
+  at64 = result['rows'][0]
+  return (f'Another machine, the next hour: {at64["in_a_row_ms"]:.2f} ms in a row and {at64["ms"]:.2f} with waits at chunk 64; and how far the '
+          'kernels are from XLA. At chunks of 128 XLA reads, and kernels write.')
+
+
 def h200(result, _):
   """What a layer on an H200 says."""
   rows = {(r['mode'], r['chunk']): r for r in result['rows'] if r['pass'] == 'both'}
@@ -268,5 +275,6 @@ READINGS = {('Recall', 'recall-neural-cpu'): recall_neural_cpu, ('Recall', 'reca
             ('Learning at test time', 'titans-sotu-cpu'): titans_sotu_cpu,
             ('Learning at test time', 'titans-sotu-h200'): titans_h200, ('Learning at test time', 'titans-wikitext2-h200'): titans_h200,
             ('Neural memory', 'neural_memory-h200'): h200, ('Neural memory', 'neural_memory-fused-h200'): fused_h200,
+            ('Neural memory', 'neural_memory-compare-h200'): compare_h200,
             ('Needles', 'needle-h200'): needle_h200, ('Needles', 'needle-product-h200'): needle_product_h200,
             ('Decoding', 'decode-neural-h200'): decode_neural_h200}
