@@ -137,8 +137,8 @@ def fused_h200(result, results):
 def compare_h200(result, _):
   """A second run of two rows, with the comparison."""
   at64 = result['rows'][0]
-  return (f'Another machine, the next hour: {at64["in_a_row_ms"]:.2f} ms in a row and {at64["ms"]:.2f} with waits at chunk 64; and how far the '
-          'kernels are from XLA. At chunks of 128 XLA reads, and kernels write.')
+  return (f'Another machine, the next hour: {at64["in_a_row_ms"]:.2f} ms in a row and {at64["ms"]:.2f} with waits at chunk 64; and how '
+          'far the kernels are from XLA. At chunks of 128 XLA reads, and kernels write.')
 
 
 def h200(result, _):

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-
 KEPT = 'kept for a gradient by kernels'          # the name of what jax.checkpoint should not compute again
 
 
