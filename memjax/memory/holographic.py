@@ -19,6 +19,7 @@ from memjax.memory.monitors import auxiliary_losses, monitors, slot_statistics
 from memjax.memory.tiers import Tiers
 from memjax.ops.binding import from_spectrum, resolve_transform, unbind
 from memjax.ops.delta import delta_write, slot_delta
+from memjax.ops.head_norm import head_norm
 from memjax.ops.mixing import holographic_mix, is_fused
 from memjax.ops.recurrence import slot_copies, slot_mix, slot_read, slot_scores, slot_write
 
@@ -253,13 +254,11 @@ class Holographic(Memory):
   def readout(self, x_BxLxD: jax.Array, y_BxLxE: jax.Array) -> jax.Array:
     """RMS norm of the read (only here: a normalised trace would forget), optional gate, output projection."""
     c = self.config.read
+    gate_BxLxE = self.out_gate(x_BxLxD) if c.out_gate else None
     if c.norm:
-      K = self.parts.shape[-1]
-      wide = y_BxLxE.astype(self.state_dtype)
-      wide = wide.reshape(*wide.shape[:2], *((-1, K) if c.norm == 'head' else (1, -1)))
-      wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + 1e-6)
-      y_BxLxE = (wide.reshape(y_BxLxE.shape) * self.scale.astype(wide.dtype).reshape(1, 1, -1)).astype(self.dtype)
-    if c.out_gate: y_BxLxE = y_BxLxE * jax.nn.silu(self.out_gate(x_BxLxD))
+      width = self.parts.shape[-1] if c.norm == 'head' else y_BxLxE.shape[-1]
+      y_BxLxE = head_norm(y_BxLxE, self.scale, gate_BxLxE, width=width, dtype=self.dtype)
+    elif c.out_gate: y_BxLxE = y_BxLxE * jax.nn.silu(gate_BxLxE)
     return self.out(y_BxLxE)
 
   def aux(self, state, inputs, y_BxLxE, **context):

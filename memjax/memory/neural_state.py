@@ -13,6 +13,8 @@ from memjax.memory.neural_held import RECENT, RUNNING, NeuralState, Pending, wat
 from memjax.memory.neural_inputs import NeuralInputs, NeuralItems, NeuralProjections
 from memjax.ops import neural as ops
 from memjax.ops import neural_reads as reads
+from memjax.ops.head_norm import GATES, head_norm, head_norm_fused, supports
+from memjax.ops.neural_backend import uses_kernels
 from memjax.ops.neural_scan import tell
 from memjax.ops.neural_steps import advance, coefficients, steps, weights
 
@@ -275,10 +277,11 @@ class NeuralStep(Memory):
 
   def readout(self, x_BxLxD: jax.Array, y_BxLxE: jax.Array) -> jax.Array:
     """RMS norm of the read per head, optional gate, output projection."""
-    p, (H, _, V) = self.config.proj, self.shape
+    p, V = self.config.proj, self.shape[2]
+    gate_BxLxE = self.out_gate(x_BxLxD) if p.out_gate else None
     if p.out_norm:
-      wide = y_BxLxE.astype(self.state_dtype).reshape(*y_BxLxE.shape[:2], H, V)
-      wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + 1e-6)
-      y_BxLxE = (wide.reshape(y_BxLxE.shape) * self.scale.astype(wide.dtype).reshape(1, 1, -1)).astype(self.dtype)
-    if p.out_gate: y_BxLxE = y_BxLxE * getattr(jax.nn, p.out_gate)(self.out_gate(x_BxLxD))
+      fused = p.out_gate and uses_kernels(self.config.exec.backend, self.dtype) and supports(y_BxLxE.shape[0] * y_BxLxE.shape[1], V)
+      y_BxLxE = (head_norm_fused if fused else head_norm)(
+          y_BxLxE, self.scale, gate_BxLxE, width=V, activation=p.out_gate, dtype=self.dtype)
+    elif p.out_gate: y_BxLxE = y_BxLxE * GATES[p.out_gate](gate_BxLxE)
     return self.out(y_BxLxE)

@@ -102,7 +102,7 @@ def token_chunks(rule: Rule, start: Weights, memory: dict, chunks: tuple, *, unr
   N, B = chunks.full.shape
   fold = lambda tree: jax.tree.map(lambda a: a.reshape(N * B, *a.shape[2:]), tree)
   made = read_before(chunks.coefficients) if rule.read == 'before' else chunks.coefficients
-  read = read_prepared_fused if fused and can_read(rule, made.weigh) else read_prepared
+  read = functools.partial(read_prepared_fused, rows=B) if fused and can_read(rule, made.weigh) else read_prepared
   y = read(rule, start, fold(seen), fold(chunks.query), coefficients=fold(made)).astype(chunks.query.dtype)
   return memory, (y.reshape(N, B, *y.shape[1:]), told)
 

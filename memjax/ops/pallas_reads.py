@@ -65,11 +65,12 @@ def _planned(kernel, static, F):
 
 
 def _over_tokens(kernel, static, arrays, outputs):
-  """Runs a kernel over heads and rows; arrays of fewer rows are repeated. Matrices of the learned start become operands."""
-  NB, H = arrays['weigh'].shape[:2]
+  """Runs a kernel over heads and rows; arrays of fewer rows are repeated. Matrices of the learned start become operands. Reads and their
+  cotangents lie as their readers want them, [B, L, E]."""
+  (NB, H, C), B = arrays['weigh'].shape[:3], static[0].rows
   arrays = {n: x.astype(static[0].dtype) if n in ('home_up', 'home_down') else x for n, x in arrays.items()}
   def spec(name, shape):
-    del name
+    if name in ('y', 'dy'): return pl.BlockSpec((None, C, shape[2] // H), lambda h, b: (b % B, b // B, h))
     rows, inner = shape[0], (0,) * (len(shape) - 2)
     return pl.BlockSpec((None, None, *shape[2:]), lambda h, b: (b if rows == NB else b % rows, h, *inner))
   return _call(kernel, _planned(kernel, static, arrays['hidden'].shape[-1]), arrays, outputs, grid=(H, NB), spec=spec)
@@ -96,16 +97,20 @@ def _over_weights(static, arrays, outputs, rows):
   return {n: jnp.sum(x, 0) if n.startswith('home') else x.reshape(outputs[n].shape) for n, x in got.items()}
 
 
+def _reads(static, query):
+  (NB, H, C, V), B = query.shape, static[0].rows
+  return {'y': jax.ShapeDtypeStruct((B, NB // B * C, H * V), query.dtype)}
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _read(static, arrays):
-  query = arrays['query']
-  return _over_tokens(kernels.read_kernel, static, arrays, {'y': jax.ShapeDtypeStruct(query.shape, query.dtype)})['y']
+  return _over_tokens(kernels.read_kernel, static, arrays, _reads(static, arrays['query']))['y']
 
 
 def _read_forward(static, arrays):
-  query, dtype = arrays['query'], static[0].dtype
-  shapes = {'y': jax.ShapeDtypeStruct(query.shape, query.dtype), 'made': jax.ShapeDtypeStruct(arrays['d'].shape, dtype),
-            'met': jax.ShapeDtypeStruct(arrays['weigh'].shape, dtype)}
+  dtype = static[0].dtype
+  shapes = _reads(static, arrays['query']) | {'made': jax.ShapeDtypeStruct(arrays['d'].shape, dtype),
+                                              'met': jax.ShapeDtypeStruct(arrays['weigh'].shape, dtype)}
   out = _over_tokens(kernels.read_kernel, static, arrays, shapes)
   return out.pop('y'), (arrays, out)
 
@@ -116,7 +121,7 @@ def _read_backward(static, kept, dy):
   same = lambda *names: {n: like(n, arrays[n].dtype) for n in names}
   shapes = {**same('d'), 'dmade': like('d', dtype), 'dmet': like('weigh', dtype), 'some_weigh': like('weigh', wide(dtype))}
   if 'gain' in arrays: shapes |= {**same('gain', 'pushed'), 'some_reach': like('reach', wide(dtype))}
-  if 'home_gain' in arrays: shapes['home_gain'] = jax.ShapeDtypeStruct((dy.shape[0], *arrays['home_gain'].shape[1:]), wide(dtype))
+  if 'home_gain' in arrays: shapes['home_gain'] = jax.ShapeDtypeStruct((arrays['weigh'].shape[0], *arrays['home_gain'].shape[1:]), wide(dtype))
   got = _over_tokens(kernels.norm_kernel, static, {**arrays, **made, 'dy': dy}, shapes)
   shared = {n: got.pop(n) for n in ('dmade', 'dmet', 'some_weigh', 'some_reach') if n in got}
   shapes = {**same('query', 'key', 'reach', 'weigh'), 'h': like('hidden', dtype), 'dz': like('hidden', dtype), 'seen': like('weigh', dtype)}
@@ -143,13 +148,17 @@ def supports(rule: Rule, weigh: jax.Array) -> bool:
 
 
 def read_prepared_fused(rule: Rule, start: Weights, seen: Prepared, query: jax.Array, *, coefficients: Coefficients,
-                        launch: Launch | None = None) -> jax.Array:
-  """y [N B, H, C, V] in the dtype of `query`: `read_prepared` of what `supports` tells of. `start` may have fewer rows, also one."""
+                        rows: int | None = None, launch: Launch | None = None) -> jax.Array:
+  """y [N B, H, C, V] in the dtype of `query`: `read_prepared` of what `supports` tells of. `start` may have fewer rows, also one.
+
+  rows: B, None = all: y lies as [B, N C, H V] in memory, so that putting chunks of a text together moves nothing."""
   arrays = {'query': query, 'key': seen.a['w_0'], 'hidden': seen.a['w_1'], 'up': seen.parts['w_0'][0], 'down': seen.parts['w_1'][0],
             'd': seen.parts['w_1'][1], 'reach': coefficients.reach, 'weigh': coefficients.weigh}
   has_home, is_slow = rule.decay_to == 'init', rule.network.slow_gain
   if has_home: arrays |= {'home_up': start.fast['w_0'], 'home_down': start.fast['w_1']}
   if is_slow: arrays['home_gain'] = start.slow['gain'][None]
   else: arrays |= dict(zip(('gain', 'pushed'), seen.parts['gain'], strict=True)) | ({'home_gain': start.fast['gain']} if has_home else {})
-  plan = Plan(rule.levels, 0, 0, rule.network.activation, rule.dtype, jax.default_backend() != 'cpu')
-  return _read((plan, launch or LAUNCH), arrays)
+  (NB, H, C, V), rows = query.shape, rows or query.shape[0]
+  plan = Plan(rows, rule.levels, 0, 0, rule.network.activation, rule.dtype, jax.default_backend() != 'cpu')
+  y = _read((plan, launch or LAUNCH), arrays).reshape(rows, NB // rows, C, H, V)
+  return y.transpose(1, 0, 3, 2, 4).reshape(query.shape)

@@ -22,7 +22,9 @@ from memjax.ops.pallas_chunk import dot, wide
 
 
 class Plan(NamedTuple):
-  """What is fixed while tracing: hidden channels come in `blocks` of `block`, operands of products in `dtype`."""
+  """What is fixed while tracing: rows of text, the chunks of which lie one after the other; hidden channels come in `blocks` of `block`,
+  operands of products in `dtype`."""
+  rows: int
   levels: int
   blocks: int
   block: int

@@ -41,11 +41,11 @@ def problem(given: Rule, rows: int, N=2, H=2, C=16):
   return home, seen, draw(C, K), (np.asarray(made.weigh), np.asarray(made.reach))
 
 
-def run(given: Rule, arguments, *, fused, compiled=quick):
+def run(given: Rule, arguments, *, fused, rows=None, compiled=quick):
   """(y, gradients of the learned start, what is seen, queries, weigh and reach)."""
   *rest, (weigh, reach) = arguments
   def value(start, seen, query, weigh, reach):
-    form, more = (read_prepared_fused, {'launch': TINY}) if fused else (read_prepared, {})
+    form, more = (read_prepared_fused, {'launch': TINY, 'rows': rows}) if fused else (read_prepared, {})
     y = form(given, start, seen, query, coefficients=Coefficients(weigh, reach, None, None), **more)
     return jnp.sum(jnp.sin(3 * y.astype(jnp.promote_types(jnp.float32, y.dtype)))), y
   (_, y), grads = compiled(jax.value_and_grad(value, range(5), has_aux=True))(*rest, weigh, reach)
@@ -58,7 +58,7 @@ def test_kernels_equal_the_plain_form(name):
   given, rows = CASES[name]
   with jax.enable_x64():
     arguments = problem(given, rows)
-    (y, grads), (want, want_grads) = (run(given, arguments, fused=fused) for fused in (True, False))
+    (y, grads), (want, want_grads) = (run(given, arguments, fused=fused, rows=rows) for fused in (True, False))
   assert furthest(y, want) <= 1e-12
   assert furthest(grads, want_grads) <= 1e-10
 
@@ -70,7 +70,7 @@ def test_rows_may_share_one_learned_start():
   with jax.enable_x64():
     home, *rest = problem(given, 2, N=6)
     shared = home._replace(fast={name: a[:1] for name, a in home.fast.items()})
-    y, (one, *grads) = run(given, (shared, *rest), fused=True)
+    y, (one, *grads) = run(given, (shared, *rest), fused=True, rows=3)
     each = home._replace(fast={name: np.repeat(a, 2, 0) for name, a in shared.fast.items()})
     want, (many, *want_grads) = run(given, (each, *rest), fused=False)
   assert furthest((y, grads, one.slow), (want, want_grads, many.slow)) <= 1e-10
