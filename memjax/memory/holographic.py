@@ -257,7 +257,7 @@ class Holographic(Memory):
     gate_BxLxE = self.out_gate(x_BxLxD) if c.out_gate else None
     if c.norm:
       width = self.parts.shape[-1] if c.norm == 'head' else y_BxLxE.shape[-1]
-      y_BxLxE = head_norm(y_BxLxE, self.scale, gate_BxLxE, width=width, dtype=self.dtype)
+      y_BxLxE = head_norm(y_BxLxE, self.scale, gate_BxLxE, width=width, dtype=self.dtype, backend=self.config.form.backend)
     elif c.out_gate: y_BxLxE = y_BxLxE * jax.nn.silu(gate_BxLxE)
     return self.out(y_BxLxE)
 

@@ -14,9 +14,10 @@ from memjax.memory.neural_held import RECENT, NeuralState, Pending, watched
 from memjax.memory.neural_inputs import NeuralItems
 from memjax.memory.neural_state import NeuralStep
 from memjax.ops import neural as ops
+from memjax.ops.backend import uses_kernels
 from memjax.ops.counts import cumulate
 from memjax.ops.nested_scan import nested_scan
-from memjax.ops.neural_backend import is_fused, uses_kernels
+from memjax.ops.neural_backend import is_fused
 from memjax.ops.neural_layout import Layout, lay_out, rearrange
 from memjax.ops.neural_reads import find_factors
 from memjax.ops.neural_scan import Chunk, Told, scan_chunks

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 
 from memjax.memory.base import where_rows
 from memjax.memory.neural_held import NeuralState
-from memjax.ops.neural_backend import uses_kernels
+from memjax.ops.backend import uses_kernels
 from memjax.ops.neural_scan import tell
 from memjax.ops.neural_steps import advance, steps
 from memjax.ops.pallas_step_neural import Token, neural_step, supports

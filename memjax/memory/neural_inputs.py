@@ -15,7 +15,7 @@ from memjax.layers.conv import find_taps, next_tail, short_conv
 from memjax.layers.linear import Linear, partitioned, wide_dot
 from memjax.layers.lora import Lora
 from memjax.layers.norm import RMSNorm
-from memjax.ops.neural_backend import uses_kernels
+from memjax.ops.backend import uses_kernels
 from memjax.ops.neural_custom import feature_width, features
 from memjax.ops.neural_nets import Network
 from memjax.ops.neural_steps import Gates

@@ -13,8 +13,7 @@ from memjax.memory.neural_held import RECENT, RUNNING, NeuralState, Pending, wat
 from memjax.memory.neural_inputs import NeuralInputs, NeuralItems, NeuralProjections
 from memjax.ops import neural as ops
 from memjax.ops import neural_reads as reads
-from memjax.ops.head_norm import GATES, head_norm, head_norm_fused, supports
-from memjax.ops.neural_backend import uses_kernels
+from memjax.ops.head_norm import GATES, head_norm
 from memjax.ops.neural_scan import tell
 from memjax.ops.neural_steps import advance, coefficients, steps, weights
 
@@ -280,8 +279,7 @@ class NeuralStep(Memory):
     p, V = self.config.proj, self.shape[2]
     gate_BxLxE = self.out_gate(x_BxLxD) if p.out_gate else None
     if p.out_norm:
-      fused = p.out_gate and uses_kernels(self.config.exec.backend, self.dtype) and supports(y_BxLxE.shape[0] * y_BxLxE.shape[1], V)
-      y_BxLxE = (head_norm_fused if fused else head_norm)(
-          y_BxLxE, self.scale, gate_BxLxE, width=V, activation=p.out_gate, dtype=self.dtype)
+      y_BxLxE = head_norm(y_BxLxE, self.scale, gate_BxLxE, width=V, activation=p.out_gate, dtype=self.dtype,
+                          backend=self.config.exec.backend)
     elif p.out_gate: y_BxLxE = y_BxLxE * GATES[p.out_gate](gate_BxLxE)
     return self.out(y_BxLxE)

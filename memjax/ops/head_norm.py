@@ -1,6 +1,6 @@
 """RMS norm of what a memory read, head by head, and its gate: out = y / rms(y) (.) scale (.) act(gate).
 
-The plain form, and one Pallas kernel through the Triton lowering with one of its gradient, which load every array once where XLA takes two
+The plain form; one Pallas kernel through the Triton lowering with one of its gradient, which load every array once where XLA takes two
 passes there and four back. On a CPU the kernels run by interpretation.
 """
 import functools
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from memjax.ops.backend import uses_kernels
 from memjax.ops.pallas_chunk import wide
 
 EPSILON = 1e-6
@@ -19,8 +20,11 @@ SHAPES = {'head_norm_kernel': (32, 4), 'head_norm_back_kernel': (32, 4)}        
 
 
 def head_norm(y_BxLxE: jax.Array, scale_E: jax.Array, gate_BxLxE: jax.Array | None = None, *, width: int, activation: str = 'silu',
-              dtype: Any) -> jax.Array:
-  """out [B, L, E] in `dtype`: heads of `width` channels, gate None = 1; computed in float32, or in float64 where that is the dtype."""
+              dtype: Any, backend: str = 'auto') -> jax.Array:
+  """out [B, L, E] in `dtype`: heads of `width` channels, gate None = 1; computed in float32, or in float64 where that is the dtype.
+  backend: xla | pallas | auto = pallas where it was timed; shapes that kernels cannot take are XLA's."""
+  if uses_kernels(backend, dtype) and supports(y_BxLxE.shape, width):
+    return _fused(y_BxLxE, scale_E, gate_BxLxE, width=width, activation=activation, dtype=dtype)
   y = y_BxLxE.astype(wide(dtype)).reshape(*y_BxLxE.shape[:2], -1, width)
   y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + EPSILON)
   y_BxLxE = (y.reshape(y_BxLxE.shape) * scale_E.astype(y.dtype).reshape(1, 1, -1)).astype(dtype)
@@ -43,7 +47,8 @@ def _normed(plan, refs):
 
 
 def _gated(plan, refs):
-  """(act(gate), its slope)."""
+  """(act(gate), its slope); (1, None) without a gate."""
+  if 'gate' not in refs: return 1, None
   x = refs['gate'][...].astype(wide(plan.dtype))
   gate = 1 / (1 + jnp.exp2(x * -1.4426950408889634))          # to base 2: one instruction raises it
   return (gate, gate * (1 - gate)) if plan.activation == 'sigmoid' else (x * gate, gate * (1 + x * (1 - gate)))
@@ -59,7 +64,7 @@ def head_norm_back_kernel(plan, refs, out):
   """The cotangents of y and gate, and the program's share in that of the scale."""
   (unit, size, scale), (gate, slope) = _normed(plan, refs), _gated(plan, refs)
   dout = refs['dout'][...].astype(unit.dtype)
-  out['dgate'][...] = (dout * unit * scale * slope).astype(plan.dtype)
+  if 'gate' in refs: out['dgate'][...] = (dout * unit * scale * slope).astype(plan.dtype)
   dnormed = dout * gate
   out['dscale'][...] = jnp.sum(dnormed * unit, 0)
   dunit = dnormed * scale
@@ -89,7 +94,7 @@ def _head_norm(plan, arrays):
 
 def _backward(plan, arrays, dout):
   (M, E), high = dout.shape, wide(plan.dtype)
-  shapes = {**{f'd{n}': jax.ShapeDtypeStruct((M, E), plan.dtype) for n in ('y', 'gate')},
+  shapes = {**{f'd{n}': jax.ShapeDtypeStruct((M, E), plan.dtype) for n in arrays if n != 'scale'},
             'dscale': jax.ShapeDtypeStruct((M // _rows(head_norm_back_kernel, plan), E), high)}
   got = _call(head_norm_back_kernel, plan, {**arrays, 'dout': dout}, shapes)
   got['dscale'] = jnp.sum(got['dscale'], 0)
@@ -99,14 +104,14 @@ def _backward(plan, arrays, dout):
 _head_norm.defvjp(lambda plan, arrays: (_head_norm(plan, arrays), arrays), _backward)
 
 
-def head_norm_fused(y_BxLxE: jax.Array, scale_E: jax.Array, gate_BxLxE: jax.Array, *, width: int, activation: str = 'silu',
-                    dtype: Any) -> jax.Array:
-  """`head_norm` of what `supports` tells of, rounded once; y and gate are taken in `dtype`."""
+def _fused(y_BxLxE, scale_E, gate_BxLxE, *, width, activation, dtype):
   flat = lambda a: a.astype(dtype).reshape(-1, a.shape[-1])
   plan = Plan(width, activation, jnp.dtype(dtype), jax.default_backend() != 'cpu')
-  return _head_norm(plan, {'y': flat(y_BxLxE), 'scale': scale_E, 'gate': flat(gate_BxLxE)}).reshape(y_BxLxE.shape)
+  arrays = {'y': flat(y_BxLxE), 'scale': scale_E} | ({} if gate_BxLxE is None else {'gate': flat(gate_BxLxE)})
+  return _head_norm(plan, arrays).reshape(y_BxLxE.shape)
 
 
-def supports(tokens: int, width: int) -> bool:
-  """Whether the kernels can take so many tokens of heads of so many channels."""
-  return tokens > 0 and tokens % 128 == 0 and 16 <= width <= 128 and not width & (width - 1)
+def supports(shape: tuple[int, int, int], width: int) -> bool:
+  """Whether the kernels can take reads of this shape [B, L, E] in heads of so many channels: tokens in whole programs."""
+  tokens = shape[0] * shape[1]
+  return tokens > 0 and tokens % 128 == 0 and shape[2] % width == 0 and 16 <= width <= 128 and not width & (width - 1)

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 
 from memjax.config.errors import UserError
 from memjax.ops import pallas_neural
+from memjax.ops.backend import is_hopper
 from memjax.ops.neural import Rule, Tokens
 from memjax.ops.sequence import has_whole_rows
 
@@ -18,18 +19,7 @@ def is_fused(rule: Rule, tokens: Tokens, size: int) -> bool:
   if rule.backend == 'xla': return False
   reason = obstacle(rule, tokens, size)
   if rule.backend == 'pallas' and reason: raise UserError(f"exec.backend='pallas' {reason}; use xla or auto")
-  return rule.backend == 'pallas' or (not reason and rule.network.key_width <= WIDEST and _is_hopper())
-
-
-def uses_kernels(backend: str, dtype: jnp.dtype) -> bool:
-  """Whether what kernels can compute is theirs: where `backend` says so, with auto where they were timed; on the rows of a device."""
-  if backend == 'xla' or not has_whole_rows(): return False
-  return backend == 'pallas' or (dtype == jnp.bfloat16 and _is_hopper())
-
-
-def _is_hopper():
-  """Whether this is a GPU with as much shared memory a multiprocessor as those that the kernels were timed on."""
-  return jax.default_backend() == 'gpu' and getattr(jax.devices()[0], 'compute_capability', '') == '9.0'
+  return rule.backend == 'pallas' or (not reason and rule.network.key_width <= WIDEST and is_hopper())
 
 
 def obstacle(rule: Rule, tokens: Tokens, size: int) -> str:

@@ -121,7 +121,8 @@ def _read_backward(static, kept, dy):
   same = lambda *names: {n: like(n, arrays[n].dtype) for n in names}
   shapes = {**same('d'), 'dmade': like('d', dtype), 'dmet': like('weigh', dtype), 'some_weigh': like('weigh', wide(dtype))}
   if 'gain' in arrays: shapes |= {**same('gain', 'pushed'), 'some_reach': like('reach', wide(dtype))}
-  if 'home_gain' in arrays: shapes['home_gain'] = jax.ShapeDtypeStruct((arrays['weigh'].shape[0], *arrays['home_gain'].shape[1:]), wide(dtype))
+  if 'home_gain' in arrays:
+    shapes['home_gain'] = jax.ShapeDtypeStruct((arrays['weigh'].shape[0], *arrays['home_gain'].shape[1:]), wide(dtype))
   got = _over_tokens(kernels.norm_kernel, static, {**arrays, **made, 'dy': dy}, shapes)
   shared = {n: got.pop(n) for n in ('dmade', 'dmet', 'some_weigh', 'some_reach') if n in got}
   shapes = {**same('query', 'key', 'reach', 'weigh'), 'h': like('hidden', dtype), 'dz': like('hidden', dtype), 'seen': like('weigh', dtype)}

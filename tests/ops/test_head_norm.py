@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from memjax.ops.head_norm import head_norm, head_norm_fused, supports
+from memjax.ops.head_norm import head_norm, supports
 from tests.ops.inputs import gpu_text, quick
 from tests.ops.oracle import relative
 
@@ -18,57 +18,53 @@ def draw(dtype=np.float64):
   return tuple(jnp.asarray(a, dtype) for a in (y, rng.normal(size=H * V), gate, weight))
 
 
-def run(form, arguments, *, activation, dtype):
-  """(out, gradients of y, scale and gate)."""
+def run(backend, arguments, *, activation, dtype):
+  """(out, gradients of y, scale and, with an activation, gate)."""
   *given, weight = arguments
-  def value(y, scale, gate):
-    out = form(y, scale, gate, width=V, activation=activation, dtype=dtype)
+  def value(*given):
+    out = head_norm(*given, width=V, activation=activation, dtype=dtype, backend=backend)
     return jnp.sum((out * weight).astype(jnp.promote_types(jnp.float32, dtype))), out
-  (_, out), grads = jax.value_and_grad(value, range(3), has_aux=True)(*given)
+  given = given if activation else given[:2]
+  (_, out), grads = jax.value_and_grad(value, range(len(given)), has_aux=True)(*given)
   return out, *grads
 
 
-@pytest.mark.parametrize('activation', ['silu', 'sigmoid'])
+@pytest.mark.parametrize('activation', ['silu', 'sigmoid', ''])
 def test_kernels_equal_the_plain_form(activation):
   with jax.enable_x64():
     arguments = draw()
-    got, want = quick(lambda arguments: [run(form, arguments, activation=activation, dtype=np.float64)
-                                         for form in (head_norm_fused, head_norm)])(arguments)
+    got, want = quick(lambda arguments: [run(backend, arguments, activation=activation, dtype=np.float64)
+                                         for backend in ('pallas', 'xla')])(arguments)
     y, scale, gate, _ = map(np.asarray, arguments)
   for x, other in zip(got, want, strict=True): assert x.dtype == other.dtype and relative(x, other) <= 1e-12
   heads = y.reshape(B, L, H, V)
   unit = (heads / np.sqrt(np.mean(heads ** 2, -1, keepdims=True) + 1e-6)).reshape(y.shape)
-  by_hand = unit * scale * (gate if activation == 'silu' else 1) / (1 + np.exp(-gate))
-  assert relative(want[0], by_hand) <= 1e-12
+  sigmoid = 1 / (1 + np.exp(-gate))
+  assert relative(want[0], unit * scale * {'silu': gate * sigmoid, 'sigmoid': sigmoid, '': 1}[activation]) <= 1e-12
 
 
 def test_narrow_arrays():
   """bf16: kernels round once, so they are nearer than the plain form to float64 of the same numbers."""
   with jax.enable_x64():
     y, scale, gate, weight = draw(jnp.bfloat16)
-    want = run(head_norm, [a.astype(np.float64) for a in (y, scale, gate, weight)], activation='silu', dtype=np.float64)
+    want = run('xla', [a.astype(np.float64) for a in (y, scale, gate, weight)], activation='silu', dtype=np.float64)
   given = y, scale.astype(jnp.float32), gate, weight
-  ours, plain = (run(form, given, activation='silu', dtype=jnp.bfloat16) for form in (head_norm_fused, head_norm))
+  ours, plain = (run(backend, given, activation='silu', dtype=jnp.bfloat16) for backend in ('pallas', 'xla'))
   for got, other, true in zip(ours, plain, want, strict=True):
     assert got.dtype == other.dtype
     assert relative(np.asarray(got, np.float64), true) <= relative(np.asarray(other, np.float64), true)
 
 
-def test_no_gate():
-  y, scale, _, _ = draw(jnp.float32)
-  got = head_norm(y, scale, width=V, dtype=jnp.float32)
-  assert relative(got, head_norm(y, scale, jnp.full_like(y, 1e9), width=V, activation='sigmoid', dtype=jnp.float32)) <= 1e-6
-
-
 def test_what_the_kernels_take():
   """Whole programs of heads that are powers of two."""
-  assert supports(16_384, 64) and supports(128, 16) and supports(256, 128)
-  assert not any(supports(*sizes) for sizes in ((0, 64), (100, 64), (64, 64), (128, 48), (128, 8), (128, 256)))
+  for fitting in ((8, 2048, 64), 64), ((64, 2, 48), 16), ((1, 256, 256), 128): assert supports(*fitting)
+  for other in ((0, 8, 64), 64), ((1, 100, 64), 64), ((4, 16, 64), 64), ((1, 128, 96), 48), ((1, 128, 64), 8), ((1, 128, 256), 256):
+    assert not supports(*other)
 
 
 def test_kernels_lower_for_a_gpu(monkeypatch):
   """To Triton, forward and backward, at the sizes of the benchmark."""
   monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
   wide, row = jax.ShapeDtypeStruct((8, 2048, 1024), jnp.bfloat16), jax.ShapeDtypeStruct((1024,), jnp.float32)
-  def value(y, scale, gate): return jnp.sum(head_norm_fused(y, scale, gate, width=64, dtype=jnp.bfloat16).astype(jnp.float32))
+  def value(*given): return jnp.sum(head_norm(*given, width=64, dtype=jnp.bfloat16, backend='pallas').astype(jnp.float32))
   assert gpu_text(jax.value_and_grad(value, range(3)), wide, row, wide).count('xla.gpu.triton') == 2

@@ -17,7 +17,7 @@ from memjax.config.neural import (
 )
 from memjax.memory.neural_fused import has_kernels
 from memjax.memory.registry import make_memory
-from memjax.ops import neural_backend, pallas_step_neural
+from memjax.ops import pallas_step_neural
 from memjax.ops.neural import Rule, Weights
 from memjax.ops.neural_nets import EPSILON, Network
 from memjax.ops.neural_steps import Coefficients
@@ -197,7 +197,7 @@ def test_what_kernels_take(monkeypatch):
   takes = lambda backend='pallas', *, many=128, **changes: has_kernels(memory(backend, **changes), many)
   assert takes() and takes(rule=NeuralRuleConfig(momentum='none')) and takes(write=NeuralWriteConfig(persistent=2))
   assert not takes('xla') and not takes('auto')
-  monkeypatch.setattr(neural_backend, '_is_hopper', lambda: True)
+  monkeypatch.setattr('memjax.ops.backend.is_hopper', lambda: True)
   assert takes('auto', dtype=jnp.bfloat16) and not takes('auto', dtype=jnp.bfloat16, many=129) and takes(many=129) and not takes('auto')
   assert not takes('auto', dtype=jnp.bfloat16, rule=NeuralRuleConfig(mode='block'))
   net, write = NeuralNetConfig, NeuralWriteConfig
