@@ -169,9 +169,9 @@ def _write_backward(static, saved, cotangents):
       launch.plan(plan, name, F).blocks for name in ('push_back_kernel', 'find_back_kernel'))
   empty = lambda dtype, *shape: jax.lax.empty((N, B, H, *shape), dtype)
   zeros = lambda *shape: jnp.zeros((N, B, H, *shape), high)
-  one = lambda *shape: jax.lax.empty((B, H, *shape), plan.dtype)
+  one = lambda *shape, dtype=plan.dtype: jax.lax.empty((B, H, *shape), dtype)
   carry = {**dmemory, 'dpush': empty(high, 2 * G, Q, C), 'dturn': zeros(2 * G, Q, Q), 'dkey': empty(own, C, K), 'dout': one(C, V),
-           **dict.fromkeys(('dh', 'bent', 'raised'), one(C, F)), 'part': one(2 * G, C, V).astype(high),
+           **{name: one(C, F) for name in ('dh', 'bent', 'raised')}, 'part': one(2 * G, C, V, dtype=high),
            'dkey_push': empty(own, G, C, K), 'dkey_find': empty(own, finders, C, K), 'dvalue': empty(tokens['value'].dtype, C, V),
            'dweight': empty(high, C), 'dgain': empty(high, C // plan.rows, V), 'dup': empty(plan.dtype, K, F),
            'ddown': empty(plan.dtype, F, V)}

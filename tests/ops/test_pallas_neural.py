@@ -15,7 +15,7 @@ from tests.ops.inputs import quick
 from tests.ops.oracle import relative, rms
 
 CASES = {          # momentum, chunks, tokens a chunk, width, hidden channels, rows of the start, is the gain slow, channels of a program
-    'first': ('first', 2, 16, 16, 32, 1, True, 16), 'fast-gain': ('first', 2, 16, 16, 32, 1, False, 16),
+    'first': ('first', 6, 16, 16, 32, 1, True, 16), 'fast-gain': ('first', 2, 16, 16, 32, 1, False, 16),
     'one-chunk': ('none', 1, 16, 16, 32, 2, False, 32), 'nesterov': ('nesterov', 3, 32, 16, 64, 2, True, 16)}
 
 
