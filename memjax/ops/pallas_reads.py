@@ -119,7 +119,7 @@ def _read_backward(static, kept, dy):
   dtype, (arrays, made) = static[0].dtype, kept
   like = lambda name, dtype: jax.ShapeDtypeStruct(arrays[name].shape, dtype)
   same = lambda *names: {n: like(n, arrays[n].dtype) for n in names}
-  shapes = {**same('d'), 'dmade': like('d', dtype), 'dmet': like('weigh', dtype), 'some_weigh': like('weigh', wide(dtype))}
+  shapes = {**same('d'), 'dmade': like('d', dtype), 'dmet': like('weigh', dtype), 'some_weigh': like('weigh', dtype)}
   if 'gain' in arrays: shapes |= {**same('gain', 'pushed'), 'some_reach': like('reach', wide(dtype))}
   if 'home_gain' in arrays:
     shapes['home_gain'] = jax.ShapeDtypeStruct((arrays['weigh'].shape[0], *arrays['home_gain'].shape[1:]), wide(dtype))

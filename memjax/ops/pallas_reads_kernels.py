@@ -156,7 +156,7 @@ def norm_kernel(plan, refs, out):
     for q in range(plan.levels):
       out['gain'][q] = jnp.sum(dgain * _by_token(refs['reach'][q]), 0)
       out['some_reach'][q] = jnp.sum(dgain * refs['gain'][q][None], 1)
-  out['some_weigh'][...] = some_weigh
+  out['some_weigh'][...] = some_weigh.astype(out['some_weigh'].dtype)
 
 
 def token_kernel(plan, refs, out):
@@ -178,7 +178,7 @@ def token_kernel(plan, refs, out):
   dquery, dseen, dreach = jax.lax.fori_loop(0, plan.blocks, body, (zeros(K), zeros(C), reach))
   _fence(plan)
   for q in range(plan.levels): out['reach'][q] = dreach[q]
-  out['weigh'][...] = -refs['some_weigh'][...] - dseen * _met_keys(plan, refs)
+  out['weigh'][...] = -_wide(plan, refs, 'some_weigh') - dseen * _met_keys(plan, refs)
   dseen = _weighed(plan, refs, dseen)
   out['key'][...] = dot(dseen, _operand(plan, refs, 'query'), dtype, left=0).astype(out['key'].dtype)
   dquery += dot(dseen, refs['key'][...], dtype) + _wide(plan, refs, 'dy')
