@@ -52,11 +52,12 @@ class Tile(NamedTuple):
     """The levels of a side."""
     return [self.down(f'{side}{q}') if side == 'down' else self.up(f'{side}{q}', slice(None)) for q in range(self.plan.levels)]
 
-  def put(self, side, levels, *, first=0):
-    """Rewrites the levels of a side from the `first` on."""
+  def put(self, side, levels, *, stays=True):
+    """Rewrites levels of a side, {level: its tile}, that the second-level cache should keep, or has no room for."""
     at = (self.at, slice(None)) if side == 'down' else (slice(None), self.at)
-    for q, x in enumerate(levels):
-      if q >= first: put(self.plan, self.out[f'{side}{q}'], at, x, stays=True)
+    for q, x in levels.items():
+      if stays: put(self.plan, self.out[f'{side}{q}'], at, x, stays=True)
+      else: self.out[f'{side}{q}'][at] = x
 
 
 def _wide(x): return x.astype(wide(x.dtype))
@@ -145,7 +146,7 @@ def _write(tile, n, given, *, home, levels):
     put(plan, out['seen_down'], (n, at, _part(V, q)), down[q].astype(dtype))
   new = ([_turned(given['turn'], p, up) - dot(given['key'][p], d, dtype, left=0) for p in range(plan.levels)],
          [_turned(given['turn'], p, down) - dot(h, given['pull'][p], dtype, left=0) for p in range(plan.levels)])
-  for side, levels in zip(('up', 'down'), new, strict=True): tile.put(side, levels)
+  for side, levels in zip(('up', 'down'), new, strict=True): tile.put(side, dict(enumerate(levels)))
   return new
 
 
@@ -195,8 +196,8 @@ def _push_back(plan, refs, out, *, place, side):
     if side == 'up': seen, ct = _push_back_up(tile, n, given, levels=levels, sums=sums)
     else: seen, ct = _push_back_down(tile, n, given, levels=levels, sums=sums)
     sums['dturn'] = {(p, q): x + jnp.sum(levels[p] * seen[q], 1) for (p, q), x in sums['dturn'].items()}
-    new = [levels[0], *(held(refs['flow'][n], _returned(given['turn'], q, levels) + ct[q]) for q in range(1, Q))]
-    tile.put(side, new, first=1)
+    momenta = {q: held(refs['flow'][n], _returned(given['turn'], q, levels) + ct[q]) for q in range(1, Q)}
+    tile.put(side, momenta, stays=False)
     return sums
   sums = _over_tiles(plan, body, sums)
   out['part'][g] = sums['part']
@@ -265,7 +266,7 @@ def _find_back_up(tile, n, given):
   dz = (tile.up('bent', slice(None)) + dh * tile.up('slope', n, slice(None))).astype(dtype)
   dup = dot(key, dz, dtype, left=0)
   put(tile.plan, out['dup'], (n, slice(None), at), dup.astype(out['dup'].dtype))
-  tile.put('up', [held(flow, turn * tile.up('up0', slice(None)) + tile.up('ct_seen_up', n, first) + dup)])
+  tile.put('up', {0: held(flow, turn * tile.up('up0', slice(None)) + tile.up('ct_seen_up', n, first) + dup)})
   return dot(dz, up, dtype, right=1)
 
 
@@ -273,7 +274,7 @@ def _find_back_down(tile, n, given):
   (_, refs, out, at), dtype, (dout, turn, flow, d) = tile, tile.plan.dtype, given
   ddown = dot(refs['h'][n, :, at], dout, dtype, left=0) + dot(refs['raised'][:, at], d, dtype, left=0)
   put(tile.plan, out['ddown'], (n, at, slice(None)), ddown.astype(out['ddown'].dtype))
-  tile.put('down', [held(flow, turn * tile.down('down0') + tile.down('ct_seen_down', n, columns=_part(dout.shape[1], 0)) + ddown)])
+  tile.put('down', {0: held(flow, turn * tile.down('down0') + tile.down('ct_seen_down', n, columns=_part(dout.shape[1], 0)) + ddown)})
   return ()
 
 
