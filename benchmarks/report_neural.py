@@ -129,7 +129,8 @@ def fused_h200(result, results):
           '12.9, narrow gradients of the convolution to 12.0, writes tile by tile and kernels of streams and coefficients to 10.1, the '
           'shape of the programs of each kernel to 9.6, reads that load each array once and states kept in the second-level cache to 8.8 '
           '(8.1 in a row), the order in which programs are handed out and loads ahead of their products to 7.7 in a row, what gradients '
-          'of streams and coefficients need kept or summed at once to this; details in [performance](performance.md#the-neural-layer). In '
+          'of streams and coefficients need kept or summed at once to 7.6, norm and gate of heads in one kernel and momenta left to the '
+          'second-level cache itself to this; details in [performance](performance.md#the-neural-layer). In '
           f'float32, without kernels, {wide["ms"]:.1f} ms. Memory: {at64["peak_gib"]:.2f} GiB; for up to 2 GiB of memories '
           'nothing is recomputed. Networks of four layers have no kernels.')
 
@@ -137,8 +138,8 @@ def fused_h200(result, results):
 def compare_h200(result, _):
   """A second run of two rows, with the comparison."""
   at64 = result['rows'][0]
-  return (f'Another machine, the next hour: {at64["in_a_row_ms"]:.2f} ms in a row and {at64["ms"]:.2f} with waits at chunk 64; and how '
-          'far the kernels are from XLA. At chunks of 128 XLA reads, and kernels write.')
+  return (f'Minutes later on the same machine: {at64["in_a_row_ms"]:.2f} ms in a row and {at64["ms"]:.2f} with waits at chunk 64; and how '
+          'far the kernels are from XLA at that chunk. At chunks of 128 XLA reads, and kernels write.')
 
 
 def h200(result, _):
